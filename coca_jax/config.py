@@ -1,0 +1,382 @@
+"""Configuration: an editable ConfigDict at the edge, frozen dataclasses inside.
+
+The dataclasses below are the single list of what can be configured: each field is a key, its default and its comment. A
+recipe in `configs/` starts from `default()` and changes what it means to change; the command line changes more
+(`--config.optimizer.peak_lr=1e-3`); `from_config_dict` freezes the result and `check` refuses what cannot run, in one
+line that names the key, the value and what would work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message names the key, its value and what would work."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageEncoder:
+    """The vision transformer: image `[b, size, size, 3]` -> patch tokens `[b, n, width]`, n = (size / patch)^2."""
+
+    size: int = 288  # side of the square input, pixels
+    patch: int = 18  # side of a patch, pixels; must divide size
+    width: int = 768
+    depth: int = 12  # layers
+    heads: int = 12  # must divide width
+    mlp_dim: int = 3072
+    position: str = "learned"  # learned | sincos (fixed, two-dimensional)
+    class_token: bool = False  # prepend a learned token (open_clip)
+    patch_bias: bool = True  # bias of the patch embedding (open_clip: False)
+    pre_norm: bool = False  # LayerNorm after the position embedding (open_clip: True)
+    remat: str = "none"  # what the backward pass recomputes: none | dots | everything
+    scan_unroll: int = 1  # layers a scan step holds; 0 unrolls the whole stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooler:
+    """Attentional poolers: learned queries over the patch tokens (paper, section 3.2)."""
+
+    kind: str = "parallel"  # parallel | cascade | single (one pooler, query 0 is the contrastive one: open_clip)
+    queries: int = 256  # of the generative pooler; with kind=single the contrastive query is one of them
+    heads: int = 12  # must divide text.width, which is the width of the pooled tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class TextDecoder:
+    """The decoupled text decoder: n_uni causal layers, then n_multi layers that also read the image."""
+
+    vocab_size: int = 64_000
+    length: int = 64  # tokens of a caption, bos and eos included; [CLS] comes on top
+    width: int = 768
+    heads: int = 12  # must divide width
+    mlp_dim: int = 3072
+    n_uni: int = 12  # at least 1
+    n_multi: int = 12  # 0 or more
+    position: str = "learned"  # learned | sincos (fixed)
+    pad_id: int = 0  # never a real token
+    tie_embeddings: bool = False  # the output softmax is the transposed token embedding
+    cross_mlp: bool = False  # a second MLP: self-attention, MLP, cross-attention, MLP (open_clip)
+    cross_kv_norm: bool = False  # LayerNorm on the image tokens in every layer (open_clip)
+    cls_mask: str = "full"  # full: [CLS] attends to real tokens and itself | legacy: open_clip's shifted mask
+    remat: str = "none"
+    scan_unroll: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    embed_dim: int = 768  # of the shared contrastive space
+    image: ImageEncoder = ImageEncoder()
+    pooler: Pooler = Pooler()
+    text: TextDecoder = TextDecoder()
+    norm_eps: float = 1e-6  # open_clip: 1e-5
+    gelu: str = "tanh"  # tanh | exact (open_clip)
+    temperature: float = 0.07  # initial; learned, logit scale clamped to [0, ln 100]
+    dtype: str = "bfloat16"  # of the computation; temperature, logits and losses are float32 always
+    param_dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """lambda_con * contrastive + lambda_cap * captioning (paper, equation 4). A weight of 0 removes that half."""
+
+    lambda_con: float = 1.0
+    lambda_cap: float = 2.0
+    caption_chunk: int = 16  # text positions whose logits are held at a time; 0: all at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    name: str = "adafactor"  # adafactor | adamw
+    peak_lr: float = 8e-4
+    schedule: str = "linear"  # linear | cosine | constant | rsqrt, after the warm-up
+    warmup: float = 0.02  # share of the steps
+    end_lr: float = 0.0  # where linear and cosine end, as a share of peak_lr
+    b1: float = 0.9  # momentum
+    b2: float = 0.999  # second-moment decay (Adafactor: the cap of 1 - t^-0.8)
+    eps: float = 1e-8  # AdamW only
+    weight_decay: float = 0.01  # decoupled, times the learning rate
+    decay_mask: str = r".*/(kernel|embedding)$"  # parameters (by path) that decay
+    clip_norm: float = 1.0  # global gradient norm; 0: off
+    freeze: tuple[str, ...] = ()  # patterns of parameter paths that never change
+    ema_decay: float = 0.0  # moving average of the parameters, used by evaluation; 0: off
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices of each axis; -1: the rest. The batch is split over replica x fsdp."""
+
+    replica: int = 1  # whole copies of the model
+    fsdp: int = -1  # parameters and optimiser state sharded
+    tensor: int = 1  # heads, MLP and vocabulary sharded
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Sources are written `kind:location`, e.g. `emoji:train` or `array_record:/data/laion-*.array_record`."""
+
+    train: str = ""
+    tokenizer: str = ""  # SentencePiece model file; empty: the one that the training source brings
+    crop_area: tuple[float, float] = (0.5, 1.0)  # random-resized crop: share of the area
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # and aspect ratio
+    flip: bool = False  # off: captions name sides
+    color_jitter: float = 0.0  # brightness, contrast, saturation: up to this share
+    hue_jitter: float = 0.0  # hue, share of the colour circle
+    grayscale: float = 0.0  # probability
+    rotate: float = 0.0  # degrees, up to
+    blur: float = 0.0  # probability of a small Gaussian blur
+    background: tuple[int, int, int] = (255, 255, 255)  # under transparent pixels
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    workers: int = 0  # processes; 0: threads only, the faster choice up to about 50 cores
+    threads: int = 0  # that read and decode; 0: twice the cores, at most 16
+    prefetch: int = 2  # batches placed on the mesh ahead of the step
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    every: int = 0  # steps; 0: only at the end
+    splits: tuple[str, ...] = ()  # sources for retrieval and captioning loss
+    zero_shot: str = ""  # labelled source
+    prompts: tuple[str, ...] = ("a photo of a {}.",)  # averaged per class
+    reference_style: str = ""  # of the training pictures that the pixel baseline looks names up in; empty: all
+    captions: int = 32  # pictures of the first split that are captioned
+    batch_size: int = 256
+    best: str = ""  # metric that keep-best goes by, e.g. seen/image_to_text/r1
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: int = 1000  # steps; one is always written at the end
+    keep: int = 3  # newest
+    keep_best: int = 1  # and the best by evaluate.best
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    steps: int = 500_000
+    batch_size: int = 65_536  # global
+    log_every: int = 50  # steps between lines in metrics.jsonl and TensorBoard
+    model: Model = Model()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    data: Data = Data()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ConfigDict <-> dataclass
+
+
+def default() -> ml_collections.ConfigDict:
+    """Every key with its default, as a locked ConfigDict: where a recipe starts."""
+    return config_dict.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def from_config_dict(config: Mapping[str, Any]) -> Config:
+    """Freezes a ConfigDict (or a plain nested mapping, as read from JSON).
+
+    Missing keys take their defaults. Raises ConfigError for an unknown key, naming its neighbours, and for a value of
+    the wrong type.
+    """
+    return _freeze(Config, config.to_dict() if isinstance(config, config_dict.ConfigDict) else config, "")
+
+
+def to_json(config: Config) -> str:
+    """The whole configuration as JSON; `from_config_dict(json.loads(...))` gives it back."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def _freeze(cls: type, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config.{path.rstrip('.')}={values!r} is not a group of keys")
+    hints = typing.get_type_hints(cls)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        key = unknown[0]
+        near = difflib.get_close_matches(str(key), hints, n=3, cutoff=0.4) or sorted(hints)
+        raise ConfigError(f"config.{path}{key} is not a key; near it: {', '.join(f'config.{path}{k}' for k in near)}")
+    return cls(**{key: _coerce(hints[key], value, f"{path}{key}") for key, value in values.items()})
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _freeze(typing.cast(type, hint), value, path + ".")
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        items = typing.get_args(hint)
+        if isinstance(value, (list, tuple)):
+            if items[-1] is Ellipsis:
+                return tuple(_coerce(items[0], v, path) for v in value)
+            if len(value) == len(items):
+                return tuple(_coerce(t, v, path) for t, v in zip(items, value, strict=True))
+        wanted = str(hint).removeprefix("typing.")
+        raise ConfigError(f"config.{path}={value!r} is not a {wanted}")
+    assert not isinstance(hint, types.UnionType), f"config.{path}: unions are not supported"
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"config.{path}={value!r} is a {type(value).__name__}, not a {hint.__name__}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can run
+
+_CHOICES = {
+    "model.image.position": ("learned", "sincos"),
+    "model.text.position": ("learned", "sincos"),
+    "model.image.remat": ("none", "dots", "everything"),
+    "model.text.remat": ("none", "dots", "everything"),
+    "model.pooler.kind": ("parallel", "cascade", "single"),
+    "model.text.cls_mask": ("full", "legacy"),
+    "model.gelu": ("tanh", "exact"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "optimizer.name": ("adafactor", "adamw"),
+    "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"),
+}
+_POSITIVE = (
+    "steps batch_size log_every model.embed_dim model.image.size model.image.patch model.image.width model.image.depth "
+    "model.image.heads model.image.mlp_dim model.pooler.queries model.pooler.heads model.text.vocab_size "
+    "model.text.length model.text.width model.text.heads model.text.mlp_dim model.text.n_uni model.temperature "
+    "model.norm_eps optimizer.peak_lr data.prefetch evaluate.batch_size checkpoint.every checkpoint.keep"
+).split()
+_NOT_NEGATIVE = (
+    "model.text.n_multi model.image.scan_unroll model.text.scan_unroll model.text.pad_id loss.lambda_con "
+    "loss.lambda_cap loss.caption_chunk optimizer.weight_decay optimizer.clip_norm optimizer.eps data.workers "
+    "data.threads data.color_jitter data.hue_jitter data.rotate evaluate.every evaluate.captions checkpoint.keep_best"
+).split()
+_SHARE = (
+    "optimizer.warmup optimizer.end_lr optimizer.b1 optimizer.b2 optimizer.ema_decay data.grayscale data.blur"
+).split()
+
+
+def get(config: Config, path: str) -> Any:
+    """The value at a dotted path, e.g. `get(config, "model.image.width")`."""
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def check(config: Config, device_count: int | None = None) -> None:
+    """Raises ConfigError for the first thing that cannot run; files are looked for where they are opened.
+
+    Args:
+      config: what to check.
+      device_count: devices of the whole job; None leaves the mesh unchecked.
+    """
+    for path, choices in _CHOICES.items():
+        if get(config, path) not in choices:
+            raise ConfigError(f"config.{path}={get(config, path)!r}: choose one of {', '.join(choices)}")
+    for path in _POSITIVE:
+        if not get(config, path) > 0:
+            raise ConfigError(f"config.{path}={get(config, path)!r} must be more than 0")
+    for path in _NOT_NEGATIVE:
+        if not get(config, path) >= 0:
+            raise ConfigError(f"config.{path}={get(config, path)!r} must be 0 or more")
+    for path in _SHARE:
+        if not 0 <= get(config, path) <= 1:
+            raise ConfigError(f"config.{path}={get(config, path)!r} must lie in 0..1")
+    check_model(config.model)
+    loss, data = config.loss, config.data
+    if loss.lambda_con == 0 and loss.lambda_cap == 0:
+        raise ConfigError("config.loss.lambda_con=0 and config.loss.lambda_cap=0 leave nothing to train: set one above 0")
+    if loss.lambda_cap > 0 and config.model.text.n_multi == 0:
+        raise ConfigError(
+            "config.model.text.n_multi=0 has no decoder for captions, but "
+            f"config.loss.lambda_cap={loss.lambda_cap}: set n_multi to 1 or more, or lambda_cap to 0"
+        )
+    for name in ("crop_area", "crop_ratio"):
+        low, high = getattr(data, name)
+        if not 0 < low <= high or (name == "crop_area" and high > 1):
+            limit = " <= 1" if name == "crop_area" else ""
+            raise ConfigError(f"config.data.{name}=({low}, {high}) must be (low, high) with 0 < low <= high{limit}")
+    if min(data.std) <= 0:
+        raise ConfigError(f"config.data.std={data.std} must be more than 0 in every channel")
+    if device_count is not None:
+        sizes = mesh_shape(config.mesh, device_count)
+        shards = sizes[0] * sizes[1]
+        if config.batch_size % shards:
+            near = max(shards, config.batch_size // shards * shards)
+            raise ConfigError(
+                f"config.batch_size={config.batch_size} is not divisible by the {shards} shards of the batch (replica "
+                f"{sizes[0]} x fsdp {sizes[1]}); near it: {near}, {near + shards}"
+            )
+        for key in ("model.image.heads", "model.text.heads", "model.pooler.heads"):
+            if get(config, key) % sizes[2]:
+                raise ConfigError(
+                    f"config.{key}={get(config, key)} is not divisible by config.mesh.tensor={sizes[2]}: "
+                    "heads are split over it"
+                )
+
+
+def check_model(model: Model) -> None:
+    """The part of `check` that concerns shapes inside the model."""
+    image, text = model.image, model.text
+    if image.size % image.patch:
+        near = image.size // image.patch * image.patch
+        raise ConfigError(
+            f"config.model.image.size={image.size} is not divisible by config.model.image.patch={image.patch}; "
+            f"near it: {max(near, image.patch)}, {near + image.patch}"
+        )
+    for heads_key, heads, width_key, width in (
+        ("model.image.heads", image.heads, "model.image.width", image.width),
+        ("model.text.heads", text.heads, "model.text.width", text.width),
+        ("model.pooler.heads", model.pooler.heads, "model.text.width", text.width),
+    ):
+        if width % heads:
+            fits = [h for h in range(1, width + 1) if width % h == 0]
+            near = sorted(sorted(fits, key=lambda h, wanted=heads: abs(h - wanted))[:3])
+            raise ConfigError(
+                f"config.{heads_key}={heads} does not divide config.{width_key}={width}; near it: "
+                + ", ".join(map(str, near))
+            )
+    if image.position == "sincos" and image.width % 4:
+        raise ConfigError(f"config.model.image.width={image.width} must be a multiple of 4 for position=sincos")
+    if text.position == "sincos" and text.width % 2:
+        raise ConfigError(f"config.model.text.width={text.width} must be even for position=sincos")
+    if model.pooler.kind == "single" and model.pooler.queries < 2:
+        raise ConfigError(
+            f"config.model.pooler.queries={model.pooler.queries}: kind=single needs 2 or more, one for the contrastive "
+            "feature and the rest for the decoder"
+        )
+    if text.pad_id >= text.vocab_size:
+        raise ConfigError(
+            f"config.model.text.pad_id={text.pad_id} lies outside config.model.text.vocab_size={text.vocab_size}"
+        )
+    if text.length < 3:
+        raise ConfigError(f"config.model.text.length={text.length} must hold bos, a token and eos: 3 or more")
+
+
+def mesh_shape(mesh: Mesh, device_count: int) -> tuple[int, int, int]:
+    """Sizes of (replica, fsdp, tensor) with -1 resolved. Raises ConfigError where the devices do not fit."""
+    sizes = {"replica": mesh.replica, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    text = ", ".join(f"{k}={v}" for k, v in sizes.items())
+    if any(v < 1 and v != -1 for v in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise ConfigError(f"config.mesh({text}): each axis is 1 or more, and at most one is -1 (the rest)")
+    known = 1
+    for value in sizes.values():
+        known *= value if value != -1 else 1
+    if -1 in sizes.values():
+        if device_count % known:
+            raise ConfigError(f"config.mesh({text}): {known} does not divide the {device_count} devices")
+        sizes = {k: device_count // known if v == -1 else v for k, v in sizes.items()}
+    elif known != device_count:
+        raise ConfigError(
+            f"config.mesh({text}) names {known} devices where there are {device_count}: set one axis to -1 (the rest)"
+        )
+    return sizes["replica"], sizes["fsdp"], sizes["tensor"]

@@ -1,0 +1,81 @@
+"""What one example is: a `Record`, its msgpack form, and the ArrayRecord files that hold it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import msgpack
+from array_record.python import array_record_module
+
+# One record a group and no compression: random reads are fastest so, and pictures are compressed already.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+class DataError(ValueError):
+    """Data that cannot be read or prepared. The message names the file or the value, and the fix."""
+
+
+class Record(NamedTuple):
+    """One picture with its captions.
+
+    Attributes:
+      key: unique within its source.
+      image: the encoded picture (JPEG, PNG, ...), as it was published.
+      captions: one or more; training draws one each time.
+      label: class for zero-shot classification; empty where there is none.
+      style: where the picture comes from, e.g. the designer; empty where unknown.
+    """
+
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+    label: str = ""
+    style: str = ""
+
+
+def pack(record: Record, width: int, height: int) -> bytes:
+    """The record as msgpack; width and height (pixels) ride along so that a reader need not parse the picture."""
+    return msgpack.packb(
+        {
+            "key": record.key,
+            "image": record.image,
+            "captions": list(record.captions),
+            "width": width,
+            "height": height,
+            "label": record.label,
+            "style": record.style,
+        }
+    )
+
+
+def unpack(data: bytes) -> Record:
+    """The inverse of `pack`. Raises DataError where `data` is not such a record."""
+    try:
+        fields = msgpack.unpackb(data)
+        return Record(
+            fields["key"],
+            fields["image"],
+            tuple(fields["captions"]),
+            fields.get("label", ""),
+            fields.get("style", ""),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+        raise DataError(
+            f"not a record with the fields key, image and captions ({type(error).__name__}: {error}): "
+            "write the file again with coca_jax.data.records.write"
+        ) from error
+
+
+def write(path: str | os.PathLike[str], packed: Iterable[bytes]) -> int:
+    """Writes packed records into one ArrayRecord file and returns how many."""
+    writer = array_record_module.ArrayRecordWriter(os.fspath(path), WRITER_OPTIONS)
+    count = 0
+    try:
+        for data in packed:
+            writer.write(data)
+            count += 1
+    finally:
+        writer.close()
+    return count

@@ -1,0 +1,309 @@
+"""All measures of one model: what a run evaluates, and the material of the report's gallery."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from coca_jax.config import Config
+from coca_jax.data.sources import Source
+from coca_jax.data.tokenizer import Tokenizer
+from coca_jax.evaluate import captioning, pixels, retrieval, zero_shot
+
+Batch = Mapping[str, np.ndarray]  # images uint8 [b, s, s, 3], tokens int32 [b, t], index int64 [b], valid bool [b]
+Array = np.ndarray
+
+GALLERY = 8  # queries a split and a direction, evenly spaced
+SHOWN = 5  # answers a query
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """The model, its parameters bound. A half that was not trained is None, and its measures are absent.
+
+    Attributes:
+      encode_image: images uint8 `[b, s, s, 3]` -> features `[b, d]`, unit length.
+      encode_text: tokens int32 `[b, t]` -> features `[b, d]`, unit length.
+      caption_loss: (images, tokens) -> (sum of negative log-likelihoods in nats `[b]`, target tokens `[b]`).
+      generate: images -> tokens int32 `[b, t]`.
+    """
+
+    encode_image: Callable[[Array], Array] | None = None
+    encode_text: Callable[[Array], Array] | None = None
+    caption_loss: Callable[[Array, Array], tuple[Array, Array]] | None = None
+    generate: Callable[[Array], Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One of the top answers: a name, and in a search for pictures the picture (encoded, as in the record)."""
+
+    text: str
+    right: bool
+    picture: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """A retrieval query of the gallery. `text` holds the right names of a picture, or the name that is asked for."""
+
+    split: str
+    direction: str  # image_to_text | text_to_image
+    text: str
+    answers: tuple[Answer, ...]
+    rank: int  # of the best right answer, from 1
+    candidates: int
+    picture: bytes = b""  # asked about, in image_to_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """A generated caption with its picture and references."""
+
+    split: str
+    text: str
+    references: tuple[str, ...]
+    exact: bool
+    picture: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What `run` found: metrics by name (plain floats) and the gallery."""
+
+    metrics: dict[str, float]
+    queries: tuple[Query, ...] = ()
+    captions: tuple[Caption, ...] = ()
+
+
+def split_names(specs: Sequence[str]) -> dict[str, str]:
+    """Short metric prefixes of sources: `emoji:seen` -> seen, `array_record:/data/coco-val.array_record` -> coco-val.
+
+    A name met before gets a number: val, val-2.
+    """
+    names: dict[str, str] = {}
+    for spec in dict.fromkeys(specs):
+        stem = re.sub(r"\.\w+$", "", spec.rpartition(":")[2].rstrip("/").rpartition("/")[2])
+        stem = name = re.sub(r"[^\w-]+", "_", stem).strip("_-") or "split"
+        number = 1
+        while name in names.values() or name == "zero_shot":  # the prefix of the zero-shot measures
+            number += 1
+            name = f"{stem}-{number}"
+        names[spec] = name
+    return names
+
+
+def run(
+    functions: Functions,
+    sources: Mapping[str, Source],
+    tokenizer: Tokenizer,
+    config: Config,
+    batches: Callable[[Source], Iterable[Batch]],
+    *,
+    reference: Source | None = None,
+    reference_style: str = "",
+    cache: epath.PathLike | None = None,
+    multiple: int = 1,
+    progress: bool = True,
+) -> Results:
+    """Evaluates every split of `config.evaluate`; a progress bar runs along.
+
+    Metrics, per split: `seen/images`, `seen/texts` (how many are ranked), `seen/image_to_text/r1` (r5, r10,
+    median_rank), `seen/text_to_image/...`, `seen/chance/...`, `seen/pixel/image_to_text/...` and so on,
+    `seen/caption_loss` (nats a token, against the caption in the batch), `seen/perplexity`; of the first split
+    `seen/caption_exact_match`, the share of the generated captions that is right word for word; and `zero_shot/top1`
+    with the rest of `zero_shot.classify`.
+
+    With several processes, each calls this with the same arguments: the batches hold the whole batch on every process.
+
+    Args:
+      functions: the model.
+      sources: each of `config.evaluate.splits` and `config.evaluate.zero_shot`, by that string.
+      tokenizer: of the model.
+      config: the run's.
+      batches: a source -> its batches, every record once, all of one shape.
+      reference: the training source that the pixel baseline looks names up in; None leaves the baseline out.
+      reference_style: the style of the pictures it uses; empty: all.
+      cache: JSON file in which the pixel baseline is kept between evaluations; None computes it each time.
+      multiple: generated batches are a multiple of this: the shards of a batch.
+      progress: whether to show the bar.
+
+    Raises:
+      ValueError: a source that is missing, empty, unlabelled (zero-shot), or not covered by its batches.
+    """
+    evaluate = config.evaluate
+    names = split_names(evaluate.splits)
+    specs = dict.fromkeys([*names, *([evaluate.zero_shot] if evaluate.zero_shot and functions.encode_image else [])])
+    for spec in specs:
+        if spec not in sources or not len(sources[spec]):
+            raise ValueError(f"config.evaluate names {spec!r}, which is {'empty' if spec in sources else 'not loaded'}")
+    encodes = functions.encode_image is not None and functions.encode_text is not None
+    tables = {spec: _Table.read(sources[spec]) for spec in specs}
+    bar = tqdm(
+        total=sum(len(t.captions) + (len(t.texts) if encodes else 0) for t in tables.values()),
+        desc="evaluate",
+        unit=" examples",
+        disable=not progress,
+        dynamic_ncols=True,
+    )
+
+    def encode(texts: Sequence[str]) -> Array:
+        assert functions.encode_text is not None
+        rows = []
+        for start in range(0, len(texts), evaluate.batch_size):
+            part = texts[start : start + evaluate.batch_size]
+            tokens = tokenizer.encode_batch(part, config.model.text.length)
+            rows.append(np.asarray(functions.encode_text(captioning.fill(tokens, evaluate.batch_size)))[: len(part)])
+            bar.update(len(part))
+        return np.concatenate(rows)
+
+    metrics: dict[str, float] = {}
+    queries: list[Query] = []
+    captions: list[Caption] = []
+    with bar:
+        for spec, table in tables.items():
+            source, name = sources[spec], names.get(spec, "zero_shot")
+            bar.set_description(name)
+            is_first = functions.generate is not None and list(names)[:1] == [spec]
+            shown = spread(len(source), evaluate.captions if is_first else 0)
+            got = _forward(functions, batches(source), len(source), name, shown, bar, losses=spec in names)
+            if spec in names and encodes:
+                texts = encode(table.texts)
+                found = retrieval.recall(got.features, texts, table.image_to_text)
+                metrics |= {f"{name}/images": float(len(source)), f"{name}/texts": float(len(table.texts))}
+                metrics |= _flat(found, name)
+                queries += _queries(source, name, table, got.features, texts)
+            if spec in names and functions.caption_loss is not None:
+                metrics |= _flat(captioning.summary(got.nll, got.tokens), name)
+            if len(shown) and functions.generate is not None:
+                new = _captions(functions.generate, source, name, shown, got.pictures, tokenizer, config, multiple)
+                metrics[f"{name}/caption_exact_match"] = float(np.mean([caption.exact for caption in new]))
+                captions += new
+            if spec == evaluate.zero_shot and encodes:
+                labelled = np.array([label != "" for label in table.labels])
+                classes, labels = np.unique(np.array(table.labels)[labelled], return_inverse=True)
+                if not len(classes):
+                    raise ValueError(
+                        f"config.evaluate.zero_shot={spec!r} has no labels: name a labelled source, or none"
+                    )
+                bar.total += len(classes) * len(evaluate.prompts)
+                features = zero_shot.class_features(encode, classes.tolist(), evaluate.prompts)
+                metrics |= _flat(zero_shot.classify(got.features[labelled], labels, features), "zero_shot")
+                metrics |= {"zero_shot/classes": float(len(classes)), "zero_shot/images": float(labelled.sum())}
+        if reference is not None and encodes:
+            held_out = {name: sources[spec] for spec, name in names.items()}
+            background = config.data.background
+            pixel = pixels.baselines(held_out, reference, reference_style, background=background, cache=cache, bar=bar)
+            for name, measures in pixel.items():
+                metrics |= _flat(measures, f"{name}/pixel")
+    return Results(metrics, tuple(queries), tuple(captions))
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Up to `count` different rows of `length`, evenly spaced: a fixed choice that nobody made by looking."""
+    return sorted({(2 * i + 1) * length // (2 * count) for i in range(count)})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """The text of a source: captions and label of each record, and the distinct captions."""
+
+    captions: list[tuple[str, ...]]
+    labels: list[str]
+    texts: list[str]
+    image_to_text: list[list[int]]
+
+    @classmethod
+    def read(cls, source: Source) -> _Table:
+        records = ((record.captions, record.label) for record in (source[i] for i in range(len(source))))
+        captions, labels = (list(column) for column in zip(*records, strict=True))
+        return cls(captions, labels, *retrieval.unique_texts(captions))
+
+
+@dataclasses.dataclass
+class _Forward:
+    """What one pass over a source gave, by row of the source."""
+
+    features: Array  # [m, d]
+    nll: Array  # [m]
+    tokens: Array  # [m]
+    pictures: dict[int, Array]  # the rows asked for, uint8 [s, s, 3]
+
+
+def _forward(
+    functions: Functions, batches: Iterable[Batch], length: int, name: str, keep: list[int], bar: tqdm, losses: bool
+) -> _Forward:
+    got = _Forward(np.zeros((length, 0)), np.zeros(length), np.zeros(length, np.int64), {})
+    covered = np.zeros(length, bool)
+    for batch in batches:
+        valid = batch["valid"]
+        index = batch["index"][valid]
+        if functions.encode_image is not None:
+            features = np.asarray(functions.encode_image(batch["images"]))[valid]
+            if not got.features.shape[1]:
+                got.features = np.zeros((length, features.shape[1]), np.float32)
+            got.features[index] = features
+        if losses and functions.caption_loss is not None:
+            nll, tokens = functions.caption_loss(batch["images"], batch["tokens"])
+            got.nll[index], got.tokens[index] = np.asarray(nll)[valid], np.asarray(tokens)[valid]
+        for row in np.flatnonzero(valid & np.isin(batch["index"], keep)):
+            got.pictures[int(batch["index"][row])] = batch["images"][row].copy()
+        covered[index] = True
+        bar.update(len(index))
+    if not covered.all():
+        first = int(np.argmin(covered))
+        raise ValueError(f"{name}: {length - covered.sum()} of {length} records are in no batch; the first is {first}")
+    return got
+
+
+def _queries(source: Source, name: str, table: _Table, images: Array, texts: Array) -> list[Query]:
+    """The gallery of a split, both ways."""
+    queries = []
+    rows = spread(len(images), GALLERY)
+    truth = [table.image_to_text[row] for row in rows]
+    ranks, best = retrieval.ranks(images[rows], texts, truth), retrieval.top(images[rows], texts, SHOWN)
+    for row, right, rank, answers in zip(rows, truth, ranks.tolist(), best.tolist(), strict=True):
+        found = tuple(Answer(table.texts[a], a in right) for a in answers)
+        text = " / ".join(table.captions[row])
+        queries.append(Query(name, "image_to_text", text, found, rank, len(texts), source[row].image))
+    text_to_image = retrieval.invert(table.image_to_text, len(texts))
+    rows = spread(len(texts), GALLERY)
+    truth = [text_to_image[row] for row in rows]
+    ranks, best = retrieval.ranks(texts[rows], images, truth), retrieval.top(texts[rows], images, SHOWN)
+    for row, right, rank, answers in zip(rows, truth, ranks.tolist(), best.tolist(), strict=True):
+        found = tuple(Answer(" / ".join(table.captions[a]), a in right, source[a].image) for a in answers)
+        queries.append(Query(name, "text_to_image", table.texts[row], found, rank, len(images)))
+    return queries
+
+
+def _captions(
+    generate: Callable[[Array], Array],
+    source: Source,
+    name: str,
+    rows: list[int],
+    pictures: Mapping[int, Array],
+    tokenizer: Tokenizer,
+    config: Config,
+    multiple: int,
+) -> list[Caption]:
+    images = np.stack([pictures[row] for row in rows])
+    texts = captioning.captions(generate, images, tokenizer, config.evaluate.batch_size, multiple)
+    captions = []
+    for row, text in zip(rows, texts, strict=True):
+        record = source[row]
+        match = captioning.exact(text, record.captions, tokenizer, config.model.text.length)
+        captions.append(Caption(name, text, record.captions, match, record.image))
+    return captions
+
+
+def _flat(measures: Mapping, prefix: str) -> dict[str, float]:
+    """Nested measures as `prefix/outer/inner`."""
+    flat: dict[str, float] = {}
+    for name, value in measures.items():
+        flat |= _flat(value, f"{prefix}/{name}") if isinstance(value, Mapping) else {f"{prefix}/{name}": value}
+    return flat

@@ -1,0 +1,62 @@
+"""Zero-shot classification: a class is the mean text feature of prompts naming it (CLIP, arXiv:2103.00020, 3.1.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from coca_jax.evaluate import retrieval
+
+
+def class_features(
+    encode: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], prompts: Sequence[str]
+) -> np.ndarray:
+    """One unit-length feature a class: float64 `[c, d]`.
+
+    Args:
+      encode: texts `[n]` -> unit-length features `[n, d]`; called once, with every prompt of every class.
+      names: the classes.
+      prompts: templates; `{}` is where the name goes.
+
+    Raises:
+      ValueError: no class, no prompt, or a prompt without `{}`.
+    """
+    if not names or not prompts:
+        raise ValueError(f"zero-shot classification needs classes and prompts, not {len(names)} and {len(prompts)}")
+    for prompt in prompts:
+        if "{}" not in prompt:
+            raise ValueError(f"the prompt {prompt!r} has no place for the name: write {{}} where it goes")
+    # replace, not format: names and prompts are data, and a brace in them is only a brace.
+    features = encode([prompt.replace("{}", name) for name in names for prompt in prompts])
+    mean = np.asarray(features, np.float64).reshape(len(names), len(prompts), -1).mean(1)
+    return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
+
+
+def classify(image_features: np.ndarray, labels: np.ndarray, features: np.ndarray) -> dict[str, float]:
+    """Accuracy of taking the class whose feature is nearest. Ties count against the model, as in retrieval.
+
+    Args:
+      image_features: float `[m, d]`, unit length.
+      labels: int `[m]`, rows of `features`.
+      features: float `[c, d]`, unit length, from `class_features`.
+
+    Returns:
+      `top1` and `top5`: shares of the pictures; `mean_per_class`: top1 within each class that has pictures, averaged;
+      `chance/top1` and `chance/top5`: of a random ranking of the classes; `largest_class`: the top1 of always
+      answering with the commonest class, which random ranking understates where classes are uneven.
+    """
+    labels = np.asarray(labels)
+    if not len(labels):
+        raise ValueError("no picture to classify")
+    rank = retrieval.ranks(image_features, features, labels[:, None].tolist())
+    _, members, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    per_class = np.bincount(members, weights=rank == 1) / sizes
+    return {
+        "top1": float(np.mean(rank == 1)),
+        "top5": float(np.mean(rank <= min(5, len(features)))),
+        "mean_per_class": float(per_class.mean()),
+        "chance/top1": 1 / len(features),
+        "chance/top5": min(5, len(features)) / len(features),
+        "largest_class": float(sizes.max() / len(labels)),
+    }

@@ -1,0 +1,1 @@
+"""What is computed: the CoCa model. Knows nothing of data, optimisers or files."""

@@ -1,0 +1,154 @@
+"""CoCa (Yu et al. 2022, arXiv 2205.01917): one image pass and one text pass give both objectives.
+
+Axes: b batch, n patch tokens, q pooled image tokens, t text tokens, d width, e the contrastive space, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from coca_jax import config
+from coca_jax.model import layers
+from coca_jax.model.image_encoder import ImageEncoder
+from coca_jax.model.poolers import Pooler
+from coca_jax.model.text_decoder import DecoderCache, TextDecoder
+
+MAX_LOG_SCALE = math.log(100.0)  # the logit scale is kept in [1, 100] (Radford et al. 2021, section 2.5)
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward pass gives; a half that was not asked for is None.
+
+    Attributes:
+      image_features: `[b, e]` float32, unit length.
+      text_features: `[b, e]` float32, unit length.
+      image_tokens: `[b, q, d]` what the multimodal half reads.
+      hidden: `[b, t, d]` the multimodal half's output; `hidden @ head` is the logits.
+      logits: `[b, t, v]` float32; position i predicts token i + 1.
+      logit_scale: float32 scalar, exp of the parameter: the contrastive logits are `logit_scale * image @ text`.
+    """
+
+    image_features: Float[Array, "b e"] | None = None
+    text_features: Float[Array, "b e"] | None = None
+    image_tokens: Float[Array, "b q d"] | None = None
+    hidden: Float[Array, "b t d"] | None = None
+    logits: Float[Array, "b t v"] | None = None
+    logit_scale: Float[Array, ""] | None = None
+
+
+class Projection(nn.Module):
+    """A linear map without bias into the contrastive space, then unit length, in float32."""
+
+    model: config.Model
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
+        shape = (x.shape[-1], self.model.embed_dim)
+        kernel = self.param("kernel", layers.kernel_init((0,), (1,)), shape, jnp.dtype(self.model.param_dtype))
+        y = jnp.einsum("bd,de->be", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        # The bound keeps the gradient of a zero vector finite.
+        return y / jnp.sqrt(jnp.maximum(jnp.sum(y * y, axis=-1, keepdims=True), 1e-24))
+
+
+class CoCa(nn.Module):
+    """The model. `config` alone decides the architecture; parameters exist only for the halves that were initialised.
+
+    Use: `CoCa(config.model).apply({"params": params}, images, tokens)`, or `method="encode_image"` and the others.
+    """
+
+    config: config.Model
+
+    def setup(self) -> None:
+        c = self.config
+        self.image_encoder = ImageEncoder(c)
+        # kind=single: query 0 is the contrastive one, the others are the decoder's (open_clip).
+        self.generative_pooler = Pooler(c, c.pooler.queries)
+        if c.pooler.kind != "single":
+            self.contrastive_pooler = Pooler(c, 1)
+        self.image_projection = Projection(c)
+        self.text_decoder = TextDecoder(c)
+        self.text_projection = Projection(c)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(c.temperature)), ())
+
+    def __call__(self, images: Float[Array, "b y x 3"], tokens: Int[Array, "b t"]) -> Output:
+        """Everything, logits included.
+
+        Args:
+          images: normalised, `[b, size, size, 3]`.
+          tokens: ids `[b, t]`, padded behind, t up to `text.length`.
+        """
+        captioning = self.config.text.n_multi > 0
+        output = self.forward(images, tokens, captioning=captioning)
+        return output.replace(logits=self.text_decoder.logits(output.hidden)) if captioning else output
+
+    def forward(
+        self,
+        images: Float[Array, "b y x 3"],
+        tokens: Int[Array, "b t"],
+        *,
+        contrastive: bool = True,
+        captioning: bool = True,
+    ) -> Output:
+        """The training pass: hidden states instead of logits, and only the halves asked for.
+
+        Without captioning neither the multimodal half nor the generative pooler is computed (but for a pooler whose
+        output the contrastive feature is read from: kind=cascade and single). Without contrastive neither the contrastive
+        pooler, the [CLS] token nor the projections are.
+        """
+        image_tokens, image_features = self._pool(self.image_encoder(images), contrastive, captioning)
+        text_hidden, cls = self.text_decoder.encode(tokens, cls=contrastive)
+        output = Output(image_features=image_features, image_tokens=image_tokens)
+        if contrastive:
+            output = output.replace(text_features=self.text_projection(cls), logit_scale=jnp.exp(self.logit_scale))
+        if captioning:
+            output = output.replace(hidden=self.text_decoder.decode(text_hidden, image_tokens))
+        return output
+
+    def encode_image(
+        self, images: Float[Array, "b y x 3"], *, contrastive: bool = True, captioning: bool = True
+    ) -> Output:
+        """`image_features` and `image_tokens` of normalised images."""
+        image_tokens, image_features = self._pool(self.image_encoder(images), contrastive, captioning)
+        return Output(image_features=image_features, image_tokens=image_tokens)
+
+    def encode_text(self, tokens: Int[Array, "b t"]) -> Output:
+        """`text_features` of token ids."""
+        return Output(text_features=self.text_projection(self.text_decoder.encode(tokens)[1]))
+
+    def head(self) -> Float[Array, "d v"]:
+        """Kernel of the output softmax."""
+        return self.text_decoder.head()
+
+    def prefill(
+        self, tokens: Int[Array, "b s"], image_tokens: Float[Array, "b q d"], length: int
+    ) -> tuple[Float[Array, "b s v"], DecoderCache]:
+        """Starts decoding: logits of a prompt (at least bos), and a cache with room for `length` tokens in all."""
+        cache = self.text_decoder.empty_cache(tokens.shape[0], length)
+        return self.text_decoder.step(tokens, cache, image_tokens)
+
+    def decode_step(
+        self, tokens: Int[Array, "b s"], cache: DecoderCache
+    ) -> tuple[Float[Array, "b s v"], DecoderCache]:
+        """Goes on decoding: logits after the next tokens (usually one), and the cache with them in it."""
+        return self.text_decoder.step(tokens, cache)
+
+    def _pool(
+        self, patch_tokens: Float[Array, "b n d"], contrastive: bool, captioning: bool
+    ) -> tuple[Float[Array, "b q d"] | None, Float[Array, "b e"] | None]:
+        kind = self.config.pooler.kind
+        image_tokens = image_features = None
+        if captioning or kind != "parallel":
+            image_tokens = self.generative_pooler(patch_tokens)
+        if kind == "single":
+            pooled, image_tokens = image_tokens[:, :1], image_tokens[:, 1:]
+        elif contrastive:
+            pooled = self.contrastive_pooler(patch_tokens if kind == "parallel" else image_tokens)
+        if contrastive:
+            image_features = self.image_projection(pooled[:, 0])
+        return image_tokens, image_features

@@ -1,0 +1,120 @@
+"""The vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929): image -> patch tokens.
+
+Axes: b batch, n image tokens, d width. There is no final norm: the pooler normalises what it reads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from coca_jax import config
+from coca_jax.model import layers
+from coca_jax.sharding import shard
+
+
+class ImageEncoder(nn.Module):
+    """Normalised images `[b, size, size, 3]` -> tokens `[b, n, width]`; a class token, if any, comes first."""
+
+    model: config.Model
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b y x 3"]) -> Float[Array, "b n d"]:
+        """Raises ValueError if the images are not of the configured size."""
+        c, dtype = self.model.image, jnp.dtype(self.model.dtype)
+        if images.ndim != 4 or images.shape[1:] != (c.size, c.size, 3):
+            raise ValueError(
+                f"images of shape {images.shape} given to an encoder for [b, {c.size}, {c.size}, 3]: resize them, or "
+                "load the model with that image_size"
+            )
+        side, p = c.size // c.patch, c.patch
+        param_dtype = jnp.dtype(self.model.param_dtype)
+        # A convolution with stride = kernel is one matrix product of the flattened patches: no convolution is left for
+        # the compiler to lower badly.
+        patches = images.astype(dtype).reshape(images.shape[0], side, p, side, p, 3)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(images.shape[0], side * side, p, p, 3)
+        x = nn.Einsum(
+            (p, p, 3, c.width),
+            "bnyxc,yxcd->bnd",
+            use_bias=c.patch_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=layers.kernel_init((0, 1, 2), (3,)),
+            name="patch_embedding",
+        )(patches)
+        if c.class_token:
+            token = self.param("class_token", nn.initializers.normal(c.width**-0.5), (c.width,), param_dtype)
+            token = jnp.broadcast_to(token.astype(dtype), (x.shape[0], 1, c.width))
+            x = jnp.concatenate([token, x], axis=1)
+        n = side * side + c.class_token
+        if c.position == "learned":
+            position = self.param("position_embedding", nn.initializers.normal(0.02), (n, c.width), param_dtype)
+        else:
+            position = sincos_grid(side, c.width, c.class_token)
+        x = shard(x + position.astype(dtype)[None], "batch", None, "width")
+        if c.pre_norm:
+            x = layers.layer_norm(self.model, "pre_norm")(x)
+        blocks = layers.stack(
+            self.model,
+            depth=c.depth,
+            remat=c.remat,
+            scan_unroll=c.scan_unroll,
+            width=c.width,
+            heads=c.heads,
+            mlp_dim=c.mlp_dim,
+            name="blocks",
+        )
+        return blocks(x, None, None, None, None)[0]
+
+
+def sincos_grid(side: int, width: int, class_token: bool) -> Float[Array, "n d"]:
+    """Fixed two-dimensional sine-cosine positions: half of the width for the row, half for the column; zeros for a
+    class token (Chen et al. 2021, arXiv 2104.02057)."""
+    one = layers.sincos(jnp.arange(side, dtype=jnp.float32), width // 2)
+    rows = jnp.repeat(one, side, axis=0)
+    columns = jnp.tile(one, (side, 1))
+    grid = jnp.concatenate([rows, columns], axis=1)
+    return jnp.concatenate([jnp.zeros((1, width)), grid]) if class_token else grid
+
+
+def resize_positions(embedding: Float[Array, "n d"], side: int, *, class_token: bool) -> Float[Array, "n2 d"]:
+    """Learned positions for another grid: bicubic in the plane, the class token's kept (arXiv 2010.11929, section 3.2).
+
+    Args:
+      embedding: `[old_side^2 (+1), d]`.
+      side: patches along a side of the new grid.
+      class_token: whether the first row belongs to a class token.
+
+    Returns:
+      `[side^2 (+1), d]`, of the same dtype; the very same array where the grid does not change.
+
+    Raises:
+      ValueError: the old embedding is not a square grid.
+    """
+    extra, grid = embedding[: int(class_token)], embedding[int(class_token) :]
+    old = math.isqrt(grid.shape[0])
+    if old * old != grid.shape[0]:
+        raise ValueError(
+            f"position_embedding of shape {tuple(embedding.shape)} is not a square grid"
+            f"{' and a class token' if class_token else ''}"
+        )
+    if old == side:
+        return embedding
+    plane = jnp.asarray(grid, jnp.float32).reshape(old, old, -1)
+    plane = jax.image.resize(plane, (side, side, plane.shape[-1]), "bicubic", antialias=True)
+    return jnp.concatenate([extra, plane.reshape(side * side, -1).astype(embedding.dtype)])
+
+
+def resize_parameters(params: dict[str, Any], model: config.Model) -> dict[str, Any]:
+    """The parameters of a model that was trained at another resolution, for `model.image.size` and `.patch`."""
+    encoder = params.get("image_encoder", {})
+    if "position_embedding" not in encoder:
+        return params
+    side = model.image.size // model.image.patch
+    resized = resize_positions(encoder["position_embedding"], side, class_token=model.image.class_token)
+    return {**params, "image_encoder": {**encoder, "position_embedding": resized}}

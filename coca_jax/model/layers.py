@@ -1,0 +1,268 @@
+"""Attention, MLP, the pre-norm block, and the scanned stack of blocks that all three towers are made of.
+
+Axes: b batch, s queries of an attention (tokens), m its keys, d width, h heads, k head width, f MLP width, l layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from coca_jax import config
+from coca_jax.sharding import shard
+
+Init = Callable[..., Array]
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of one decoder layer, or of a stack of them with a leading layer axis `l`.
+
+    Attributes:
+      keys, values: `[b, m, h, k]` of the tokens decoded so far; slots not yet written hold zeros.
+      cross_keys, cross_values: `[b, q, h, k]` of the image tokens, computed once per image; None in the unimodal half.
+    """
+
+    keys: Float[Array, "*l b m h k"]
+    values: Float[Array, "*l b m h k"]
+    cross_keys: Float[Array, "*l b q h k"] | None = None
+    cross_values: Float[Array, "*l b q h k"] | None = None
+
+
+def layer_norm(model: config.Model, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm with float32 statistics, `E[(x - E[x])^2]` and not `E[x^2] - E[x]^2`, which cancels."""
+    return nn.LayerNorm(
+        epsilon=model.norm_eps,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def kernel_init(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Init:
+    """Glorot-uniform over the axes that a kernel reads and writes."""
+    return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=inputs, out_axis=outputs)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with biases (Vaswani et al. 2017, section 3.2), split so that a cache can stand between.
+
+    Attributes:
+      model: for dtypes.
+      width: of the output, and of the heads together.
+      heads: must divide width.
+      kv_width: width of what is attended to.
+    """
+
+    model: config.Model
+    width: int
+    heads: int
+    kv_width: int
+
+    def setup(self) -> None:
+        h, k = self.heads, self.width // self.heads
+        options: dict[str, Any] = {
+            "dtype": jnp.dtype(self.model.dtype),
+            "param_dtype": jnp.dtype(self.model.param_dtype),
+        }
+        into = kernel_init((0,), (1, 2))
+        self.query = nn.Einsum((self.width, h, k), "bsd,dhk->bshk", kernel_init=into, **options)
+        self.key = nn.Einsum((self.kv_width, h, k), "bmd,dhk->bmhk", kernel_init=into, **options)
+        self.value = nn.Einsum((self.kv_width, h, k), "bmd,dhk->bmhk", kernel_init=into, **options)
+        self.out = nn.Einsum((h, k, self.width), "bshk,hkd->bsd", kernel_init=kernel_init((0, 1), (2,)), **options)
+
+    def project(self, x: Float[Array, "b m d"]) -> tuple[Float[Array, "b m h k"], Float[Array, "b m h k"]]:
+        """Keys and values of what is attended to."""
+        axes = ("batch", None, "heads", None)
+        return shard(self.key(x), *axes), shard(self.value(x), *axes)
+
+    def attend(
+        self,
+        x: Float[Array, "b s d"],
+        keys: Float[Array, "b m h k"],
+        values: Float[Array, "b m h k"],
+        mask: Bool[Array, "*b 1 s m"] | None = None,
+        is_causal: bool = False,
+    ) -> Float[Array, "b s d"]:
+        """Softmax in float32; True in the mask means: may be seen."""
+        query = shard(self.query(x), "batch", None, "heads", None)
+        mixed = jax.nn.dot_product_attention(query, keys, values, mask=mask, is_causal=is_causal)
+        return self.out(shard(mixed, "batch", None, "heads", None))
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        kv: Float[Array, "b m d"] | None = None,
+        mask: Bool[Array, "*b 1 s m"] | None = None,
+        is_causal: bool = False,
+    ) -> Float[Array, "b s d"]:
+        return self.attend(x, *self.project(x if kv is None else kv), mask=mask, is_causal=is_causal)
+
+
+class Mlp(nn.Module):
+    """`down(gelu(up(x)))`."""
+
+    model: config.Model
+    width: int
+    mlp_dim: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        options: dict[str, Any] = {
+            "dtype": jnp.dtype(self.model.dtype),
+            "param_dtype": jnp.dtype(self.model.param_dtype),
+            "kernel_init": kernel_init((0,), (1,)),
+        }
+        x = nn.Einsum((self.width, self.mlp_dim), "bsd,df->bsf", name="up", **options)(x)
+        x = jax.nn.gelu(shard(x, "batch", None, "mlp"), approximate=self.model.gelu == "tanh")
+        return nn.Einsum((self.mlp_dim, self.width), "bsf,fd->bsd", name="down", **options)(x)
+
+
+class Block(nn.Module):
+    """A pre-norm layer: `x + attention(norm(x))`, then cross-attention if it has one, then `x + mlp(norm(x))`.
+
+    With `cross` the layer also reads image tokens: self-attention, cross-attention, MLP (the paper's order), or, with
+    `text.cross_mlp`, self-attention, MLP, cross-attention, MLP (open_clip's).
+
+    Attributes:
+      model: for dtypes, epsilon and, with `cross`, `text.cross_mlp` and `text.cross_kv_norm`.
+      width, heads, mlp_dim: of this tower.
+      causal: a token sees itself and what came before.
+      cross: reads image tokens `[b, q, width]`.
+    """
+
+    model: config.Model
+    width: int
+    heads: int
+    mlp_dim: int
+    causal: bool = False
+    cross: bool = False
+
+    def setup(self) -> None:
+        self.attention_norm = layer_norm(self.model)
+        self.attention = Attention(self.model, self.width, self.heads, self.width)
+        if self.cross:
+            if self.model.text.cross_mlp:
+                self.self_mlp_norm = layer_norm(self.model)
+                self.self_mlp = Mlp(self.model, self.width, self.mlp_dim)
+            self.cross_norm = layer_norm(self.model)
+            if self.model.text.cross_kv_norm:
+                self.cross_kv_norm = layer_norm(self.model)
+            self.cross_attention = Attention(self.model, self.width, self.heads, self.width)
+        self.mlp_norm = layer_norm(self.model)
+        self.mlp = Mlp(self.model, self.width, self.mlp_dim)
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        cache: Cache | None,
+        image_tokens: Float[Array, "b q d"] | None,
+        mask: Bool[Array, "*b 1 s m"] | None,
+        index: Int[Array, ""] | None,
+    ) -> tuple[Float[Array, "b s d"], Cache | None]:
+        """One layer.
+
+        Args:
+          x: the tokens; while decoding, those from position `index` on.
+          cache: None in training. While decoding: what the layer has seen before `index`.
+          image_tokens: for a cross layer without a cache, or to fill one.
+          mask: over keys; None with causal=True is the causal mask.
+          index: while decoding: the position of x's first token.
+
+        Returns:
+          The tokens, and while decoding the keys and values of x's tokens alone (the caller writes them into its cache)
+          with those of the image tokens if they were given.
+        """
+        y = self.attention_norm(x)
+        new = None
+        if cache is None:
+            y = self.attention(y, mask=mask, is_causal=self.causal and mask is None)
+        else:
+            keys, values = self.attention.project(y)
+            new = Cache(keys, values)
+            seen = write(cache, new, index)
+            y = self.attention.attend(y, seen.keys, seen.values, mask=mask)
+        x = shard(x + y, "batch", None, "width")
+        if self.cross:
+            if self.model.text.cross_mlp:
+                x = shard(x + self.self_mlp(self.self_mlp_norm(x)), "batch", None, "width")
+            if image_tokens is not None:
+                if self.model.text.cross_kv_norm:
+                    image_tokens = self.cross_kv_norm(image_tokens)
+                cross = self.cross_attention.project(image_tokens)
+                new = new and new.replace(cross_keys=cross[0], cross_values=cross[1])
+            else:
+                assert cache is not None
+                cross = cache.cross_keys, cache.cross_values
+            x = shard(x + self.cross_attention.attend(self.cross_norm(x), *cross), "batch", None, "width")
+        return shard(x + self.mlp(self.mlp_norm(x)), "batch", None, "width"), new
+
+
+def write(cache: Cache, new: Cache, index: Int[Array, ""] | None) -> Cache:
+    """The cache with new keys and values at token position `index`, and new cross keys and values if there are some.
+
+    Works on one layer and on a stack.
+    """
+    axis = cache.keys.ndim - 3
+
+    def update(old: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, part.astype(old.dtype), index, axis)
+
+    cache = cache.replace(keys=update(cache.keys, new.keys), values=update(cache.values, new.values))
+    if new.cross_keys is not None:
+        cache = cache.replace(cross_keys=new.cross_keys, cross_values=new.cross_values)
+    return cache
+
+
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul outputs, recompute the rest
+    "everything": jax.checkpoint_policies.nothing_saveable,  # keep a layer's input alone
+}
+
+
+def stack(
+    model: config.Model,
+    *,
+    depth: int,
+    remat: str,
+    scan_unroll: int,
+    **block: Any,
+) -> Any:
+    """`depth` blocks as one scanned module: parameters stacked on a leading layer axis, compiled once.
+
+    Name it `blocks` and call it as a Block: `stack(x, cache, image_tokens, mask, index)`; the cache is stacked too.
+
+    Args:
+      model: configuration.
+      depth: layers, 1 or more.
+      remat: none | dots | everything.
+      scan_unroll: layers a scan step holds; 0 unrolls all.
+      **block: attributes of Block.
+    """
+    cls: Any = Block
+    if remat != "none":
+        # prevent_cse is for remat outside a scan; inside it only hinders the compiler.
+        cls = nn.remat(Block, prevent_cse=False, policy=_REMAT[remat])
+    scanned = nn.scan(
+        cls,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        length=depth,
+        unroll=scan_unroll or depth,
+    )
+    return scanned(model, **block)
+
+
+def sincos(positions: Float[Array, "n"], width: int) -> Float[Array, "n d"]:
+    """Fixed sine-cosine embedding of positions (Vaswani et al. 2017, section 3.5), sines first."""
+    frequency = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
+    angle = positions[:, None] * frequency[None, :]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)

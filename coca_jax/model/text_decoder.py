@@ -1,0 +1,218 @@
+"""The decoupled text decoder (CoCa paper, section 3.2).
+
+The unimodal half is causal self-attention only; a learned [CLS] token is appended, whose output is the text embedding.
+The multimodal half reads the unimodal tokens and, by cross-attention, the image. Axes: b batch, t text tokens, d width,
+v vocabulary, q image tokens.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from coca_jax import config
+from coca_jax.model import layers
+from coca_jax.sharding import shard
+
+
+@flax.struct.dataclass
+class DecoderCache:
+    """What decoding carries from token to token: both halves' caches, and the next position."""
+
+    unimodal: layers.Cache
+    multimodal: layers.Cache | None
+    index: Int[Array, ""]
+
+
+class TextDecoder(nn.Module):
+    """Both halves, with their embedding and output head."""
+
+    model: config.Model
+
+    def setup(self) -> None:
+        c, param_dtype = self.model.text, jnp.dtype(self.model.param_dtype)
+        self.token_embedding = nn.Embed(
+            c.vocab_size,
+            c.width,
+            dtype=jnp.dtype(self.model.dtype),
+            param_dtype=param_dtype,
+            embedding_init=nn.initializers.normal(0.02),
+        )
+        small = nn.initializers.normal(0.02)
+        self.cls_embedding = self.param("cls_embedding", small, (c.width,), param_dtype)
+        if c.position == "learned":
+            self.position_embedding = self.param(
+                "position_embedding", small, (c.length + 1, c.width), param_dtype
+            )
+        else:
+            self.position_embedding = layers.sincos(jnp.arange(c.length + 1, dtype=jnp.float32), c.width)
+        self.unimodal = Half(self.model, depth=c.n_uni, cross=False)
+        self.cls_norm = layers.layer_norm(self.model)
+        if c.n_multi:
+            self.multimodal = Half(self.model, depth=c.n_multi, cross=True)
+            self.final_norm = layers.layer_norm(self.model)
+            if not c.tie_embeddings:
+                self.lm_head = LanguageModelHead(self.model)
+
+    def embed(self, tokens: Int[Array, "b t"], index: Int[Array, ""] | int = 0) -> Float[Array, "b t d"]:
+        dtype = jnp.dtype(self.model.dtype)
+        x = self.token_embedding(tokens)
+        position = jax.lax.dynamic_slice_in_dim(self.position_embedding, index, tokens.shape[1])
+        return shard(x + position.astype(dtype)[None], "batch", None, "width")
+
+    def encode(
+        self, tokens: Int[Array, "b t"], *, cls: bool = True
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"] | None]:
+        """The unimodal half.
+
+        Args:
+          tokens: ids, padded behind with `pad_id`; t may be anything up to the configured length, and more padding
+            changes nothing.
+          cls: whether [CLS] is appended; without it the half costs one token less.
+
+        Returns:
+          The tokens' outputs before any final norm, which the multimodal half reads, and the normalised output of [CLS].
+
+        Raises:
+          ValueError: the text is longer than the positions.
+        """
+        c, dtype = self.model.text, jnp.dtype(self.model.dtype)
+        t = tokens.shape[1]
+        if t > c.length:
+            raise ValueError(f"tokens of shape {tokens.shape} are longer than the {c.length} positions of the model")
+        x = self.embed(tokens)
+        mask = None
+        if cls:
+            # [CLS] has the last position whatever the padded length, so that padding does not move it.
+            last = self.cls_embedding + self.position_embedding[c.length]
+            x = jnp.concatenate([x, jnp.broadcast_to(last.astype(dtype), (x.shape[0], 1, c.width))], axis=1)
+            mask = cls_mask(tokens, c.pad_id, c.cls_mask)
+        x = self.unimodal(x, mask=mask)
+        return (x[:, :t], self.cls_norm(x[:, t])) if cls else (x, None)
+
+    def decode(
+        self, text_hidden: Float[Array, "b t d"], image_tokens: Float[Array, "b q d"]
+    ) -> Float[Array, "b t d"]:
+        """The multimodal half: hidden states whose product with the output head is the logits."""
+        return self.final_norm(self.multimodal(text_hidden, image_tokens=image_tokens))
+
+    def head(self) -> Float[Array, "d v"]:
+        """The output head's kernel, for a loss that does not hold all the logits."""
+        return self.token_embedding.embedding.T if self.model.text.tie_embeddings else self.lm_head()
+
+    def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """float32 logits over the vocabulary; position i predicts token i + 1."""
+        return output_logits(hidden, self.head())
+
+    def empty_cache(self, batch: int, length: int) -> DecoderCache:
+        """A cache for `length` tokens of `batch` captions."""
+        c = self.model.text
+
+        def zeros(depth: int) -> Array:
+            return jnp.zeros((depth, batch, length, c.heads, c.width // c.heads), jnp.dtype(self.model.dtype))
+
+        return DecoderCache(
+            layers.Cache(zeros(c.n_uni), zeros(c.n_uni)),
+            layers.Cache(zeros(c.n_multi), zeros(c.n_multi)) if c.n_multi else None,
+            jnp.zeros((), jnp.int32),
+        )
+
+    def step(
+        self,
+        tokens: Int[Array, "b s"],
+        cache: DecoderCache,
+        image_tokens: Float[Array, "b q d"] | None = None,
+    ) -> tuple[Float[Array, "b s v"], DecoderCache]:
+        """Logits of the next s tokens after those in the cache, and the cache with them in it.
+
+        The image tokens are given with the first step only: their keys and values stay in the cache.
+        """
+        s, m = tokens.shape[1], cache.unimodal.keys.shape[2]
+        position = cache.index + jnp.arange(s)
+        mask = (jnp.arange(m)[None, :] <= position[:, None])[None, None]
+        x = self.embed(tokens, cache.index)
+        x, unimodal = self.unimodal.step(x, cache.unimodal, None, mask, cache.index)
+        x, multimodal = self.multimodal.step(x, cache.multimodal, image_tokens, mask, cache.index)
+        cache = DecoderCache(unimodal, multimodal, cache.index + s)
+        return self.logits(self.final_norm(x)), cache
+
+
+class Half(nn.Module):
+    """A causal stack of layers; with `cross` each also reads the image tokens."""
+
+    model: config.Model
+    depth: int
+    cross: bool
+
+    def setup(self) -> None:
+        c = self.model.text
+        self.blocks = layers.stack(
+            self.model,
+            depth=self.depth,
+            remat=c.remat,
+            scan_unroll=c.scan_unroll,
+            width=c.width,
+            heads=c.heads,
+            mlp_dim=c.mlp_dim,
+            causal=True,
+            cross=self.cross,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        image_tokens: Float[Array, "b q d"] | None = None,
+        mask: Bool[Array, "b 1 s s"] | None = None,
+    ) -> Float[Array, "b s d"]:
+        return self.blocks(x, None, image_tokens, mask, None)[0]
+
+    def step(
+        self,
+        x: Float[Array, "b s d"],
+        cache: layers.Cache,
+        image_tokens: Float[Array, "b q d"] | None,
+        mask: Bool[Array, "1 1 s m"],
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "b s d"], layers.Cache]:
+        x, new = self.blocks(x, cache, image_tokens, mask, index)
+        return x, layers.write(cache, new, index)
+
+
+class LanguageModelHead(nn.Module):
+    """The kernel `[d, v]` of the output softmax; no bias."""
+
+    model: config.Model
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "d v"]:
+        c = self.model.text
+        init = nn.initializers.normal(c.width**-0.5)
+        return self.param("kernel", init, (c.width, c.vocab_size), jnp.dtype(self.model.param_dtype))
+
+
+def output_logits(hidden: Float[Array, "b t d"], head: Float[Array, "d v"]) -> Float[Array, "b t v"]:
+    """`hidden @ head` in the hidden states' dtype, accumulated and returned in float32."""
+    logits = jnp.einsum("btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return shard(logits, "batch", None, "vocab")
+
+
+def cls_mask(tokens: Int[Array, "b t"], pad_id: int, kind: str) -> Bool[Array, "b 1 s s"]:
+    """Who may see whom, s = t + 1 with [CLS] last: text is causal, [CLS] sees real tokens.
+
+    Args:
+      tokens: ids.
+      pad_id: of padding.
+      kind: `full`: [CLS] sees the tokens that are not padding, and itself. `legacy`: open_clip's, whose key mask is
+        shifted by one (`[True, tokens != pad]`), so that [CLS] sees one padding position and, if there is padding, not
+        itself.
+    """
+    real = tokens != pad_id
+    always = jnp.ones_like(real[:, :1])
+    seen = jnp.concatenate([always, real] if kind == "legacy" else [real, always], axis=1)
+    s = seen.shape[1]
+    causal = jnp.tril(jnp.ones((s, s), bool))[None]
+    is_cls = (jnp.arange(s) == s - 1)[None, :, None]
+    return jnp.where(is_cls, seen[:, None, :], causal)[:, None]

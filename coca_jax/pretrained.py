@@ -1,0 +1,108 @@
+"""A trained model in three lines: `coca = coca_jax.load(workdir)`, then `encode_image`, `encode_text`, `caption`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+
+from coca_jax import config, sharding
+from coca_jax.apply import Apply
+from coca_jax.data.images import Preprocessor
+from coca_jax.data.tokenizer import Tokenizer
+from coca_jax.model.image_encoder import resize_parameters
+from coca_jax.train import checkpoint
+from coca_jax.train import state as states
+
+
+class Pretrained:
+    """A model with its parameters, tokenizer and preprocessing.
+
+    Attributes:
+      config: that it was trained with (with the image size that it was loaded for).
+      params: nested dict; `CoCa(config.model).apply({"params": params}, ...)` takes them.
+      tokenizer, preprocessor: as in training.
+      step: of training that the parameters are from.
+    """
+
+    def __init__(self, c: config.Config, params: states.Parameters, tokenizer: Tokenizer, step: int) -> None:
+        self.config, self.params, self.tokenizer, self.step = c, params, tokenizer, step
+        self.preprocessor = Preprocessor(c.model.image.size, c.data.mean, c.data.std, c.data.background)
+        mesh = sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])
+        self._apply = Apply(c, mesh, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+
+    def encode_image(self, images: Any, *, batch_size: int = 64) -> Float[np.ndarray, "b d"]:
+        """Unit-length float32 features of pictures.
+
+        Args:
+          images: one or several: paths, encoded bytes, PIL images or uint8 arrays `[h, w, 3]`, of any size.
+          batch_size: pictures that are computed at a time.
+        """
+        self._needs(self._apply.has_contrastive, "lambda_con")
+        return self._rows(self._apply.encode_image, self.preprocessor.pixels(_several(images)), batch_size)
+
+    def encode_text(self, texts: str | Sequence[str], *, batch_size: int = 64) -> Float[np.ndarray, "b d"]:
+        """Unit-length float32 features of texts. `encode_image(...) @ encode_text(...).T` are the similarities."""
+        self._needs(self._apply.has_contrastive, "lambda_con")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        tokens = self.tokenizer.encode_batch(texts, self.config.model.text.length)
+        return self._rows(self._apply.encode_text, tokens, batch_size)
+
+    def caption(self, images: Any, *, batch_size: int = 64) -> list[str]:
+        """A caption for each picture, decoded greedily. Pictures as in `encode_image`."""
+        self._needs(self._apply.has_captioning, "lambda_cap")
+        pixels = self.preprocessor.pixels(_several(images))
+        return [self.tokenizer.decode(ids) for ids in self._rows(self._apply.caption, pixels, batch_size)]
+
+    def _rows(self, function: Any, rows: np.ndarray, batch_size: int) -> np.ndarray:
+        parts = []
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            # Filled up to a power of two, so that many sizes share few compiled programs.
+            size = min(batch_size, 1 << (len(part) - 1).bit_length())
+            filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+            parts.append(function(self.params, filled)[: len(part)])
+        if not parts:
+            raise ValueError("nothing was given to encode")
+        return np.concatenate(parts)
+
+    def _needs(self, present: bool, weight: str) -> None:
+        if not present:
+            raise ValueError(f"this model was trained with config.loss.{weight}=0 and has no such half")
+
+
+def load(workdir: epath.PathLike, *, step: int | None = None, image_size: int | None = None) -> Pretrained:
+    """Opens a trained model.
+
+    Args:
+      workdir: of a run: config.json, tokenizer.model and checkpoints/.
+      step: which checkpoint; None for the newest.
+      image_size: another resolution than it was trained at, a multiple of the patch: learned positions are resized.
+
+    Raises:
+      CheckpointError: the folder is not a workdir, holds no such step, or does not fit its own configuration.
+      ConfigError: image_size is not a multiple of the patch.
+    """
+    workdir = epath.Path(workdir)
+    c = checkpoint.read_config(workdir)
+    if not (workdir / checkpoint.TOKENIZER_FILE).exists():
+        raise checkpoint.CheckpointError(f"{workdir} has no {checkpoint.TOKENIZER_FILE}: copy it there from the run")
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        params, step = checkpoints.restore_parameters(states.abstract_parameters(c), step)
+    if image_size is not None:
+        image = dataclasses.replace(c.model.image, size=image_size)
+        c = dataclasses.replace(c, model=dataclasses.replace(c.model, image=image))
+        config.check_model(c.model)
+        params = resize_parameters(params, c.model)
+    return Pretrained(c, params, Tokenizer(workdir / checkpoint.TOKENIZER_FILE), step)
+
+
+def _several(images: Any) -> Iterable[Any]:
+    if isinstance(images, (list, tuple)):
+        return images
+    return images if isinstance(images, np.ndarray) and images.ndim == 4 else [images]

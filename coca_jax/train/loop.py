@@ -1,0 +1,182 @@
+"""The loop and nothing else: batches in, steps, metrics out, checkpoints on the way."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+
+from coca_jax import config
+from coca_jax.config import ConfigError
+from coca_jax.data import pipeline
+from coca_jax.data.sources import Source
+from coca_jax.data.tokenizer import Tokenizer
+from coca_jax.sharding import batch_sharding
+from coca_jax.train import optimizer as optimizers
+from coca_jax.train import state as states
+from coca_jax.train.checkpoint import Checkpoints
+from coca_jax.train.metrics import Progress, Writer
+from coca_jax.train.state import TrainState
+from coca_jax.train.step import compile_step
+
+Evaluator = Callable[[TrainState], dict[str, float]]
+
+
+class NotFinite(RuntimeError):
+    """The loss became infinite or not-a-number. The message names the step; the last checkpoint is from before it."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM, SIGINT), saved its state, and can go on from there."""
+
+
+def train(
+    c: config.Config,
+    workdir: epath.Path,
+    mesh: Mesh,
+    source: Source,
+    tokenizer: Tokenizer,
+    evaluate: Evaluator | None = None,
+) -> TrainState:
+    """Trains to `c.steps`, going on from the newest checkpoint of the workdir if there is one.
+
+    Step N is dispatched before the metrics of step N-1 are read: the host waits for the device and never the other way.
+
+    Args:
+      c: configuration, checked.
+      workdir: for checkpoints and metrics.
+      mesh: of all devices.
+      source: training data.
+      tokenizer: of the captions.
+      evaluate: called every `c.evaluate.every` steps and at the end; its metrics are written with the step's.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      ConfigError: the tokenizer does not fit the model, or nothing would be trained.
+      NotFinite: the loss is not a number any more; nothing is saved from then on.
+      Stopped: on SIGTERM or SIGINT, after saving.
+    """
+    check_tokenizer(c, tokenizer)
+    loader = pipeline.train_loader(
+        source,
+        tokenizer,
+        c.data,
+        image_size=c.model.image.size,
+        length=c.model.text.length,
+        batch_size=c.batch_size,
+        seed=c.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    identity = pipeline.position_key(source, c.data, batch_size=c.batch_size, seed=c.seed)
+    iterator = iter(pipeline.place(loader, batch_sharding(mesh), c.data.prefetch))
+    optimizer = optimizers.make_optimizer(c.optimizer, c.steps, states.abstract_parameters(c))
+
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(workdir, c.checkpoint, c.evaluate.best) as checkpoints,
+        _stop_signals() as asked_to_stop,
+    ):
+        abstract = states.abstract(c, optimizer, mesh)
+        state = checkpoints.restore(abstract, iterator, identity)
+        if state is None:
+            state = states.real(c, optimizer, mesh)
+        first = int(state.step)
+        if first:
+            logging.info("resumed %s at step %d", checkpoints.folder, first)
+        step_function = compile_step(c, optimizer, mesh, abstract)
+        writer, progress = Writer(workdir, first), Progress(first, c.steps, c.batch_size)
+        pending: tuple[int, dict[str, Any]] | None = None
+
+        def settle() -> None:
+            """Reads the metrics of the step before and shows them."""
+            nonlocal pending
+            if pending is None:
+                return
+            (at, metrics), pending = pending, None
+            metrics = {name: float(value) for name, value in metrics.items()}
+            if not math.isfinite(metrics["loss"]):
+                raise NotFinite(
+                    f"the loss of step {at} is {metrics['loss']}; the last checkpoint, step {checkpoints.latest()}, is "
+                    "from before it: lower config.optimizer.peak_lr, or look at the data"
+                )
+            progress.update(at, metrics)
+            if at % c.log_every == 0 or at == c.steps:
+                writer.write(at, metrics | {"examples_per_second": progress.examples_per_second})
+
+        try:
+            for step in range(first + 1, c.steps + 1):
+                asked = time.monotonic()
+                batch = next(iterator)
+                waited = time.monotonic() - asked
+                state, metrics = step_function(state, {k: v for k, v in batch.items() if k != "index"})
+                settle()
+                pending = (step, metrics | {"data_wait_seconds": waited})
+
+                last, results = step == c.steps, None
+                stopping = asked_to_stop() and not last
+                if evaluate and not stopping and (last or (c.evaluate.every and step % c.evaluate.every == 0)):
+                    settle()
+                    progress.pause()
+                    results = evaluate(state)
+                    writer.write(step, results)
+                keep_best = results is not None and bool(c.evaluate.best)
+                if last or stopping or keep_best or step % c.checkpoint.every == 0:
+                    settle()  # a state whose loss is not finite is never saved
+                    progress.pause()
+                    checkpoints.save(state, iterator, identity, results)
+                if stopping:
+                    checkpoints.wait()
+                    raise Stopped(f"stopped at step {step} of {c.steps}, saved in {checkpoints.folder}")
+            checkpoints.wait()
+        finally:
+            writer.close()
+            progress.close()
+    return state
+
+
+def check_tokenizer(c: config.Config, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where the ids of the tokenizer do not fit the model."""
+    text = c.model.text
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ConfigError(
+            f"config.model.text.vocab_size={text.vocab_size} is too small for the tokenizer's {tokenizer.vocab_size} "
+            "pieces: raise it to that or more"
+        )
+    if tokenizer.pad_id != text.pad_id:
+        raise ConfigError(
+            f"config.model.text.pad_id={text.pad_id}, but the tokenizer pads with {tokenizer.pad_id}: set it to that"
+        )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and the first SIGINT set a flag that is read between steps; a second SIGINT interrupts as usual."""
+    asked: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            before[name] = signal.signal(name, note)
+    except ValueError:  # not in the main thread (a notebook's worker): signals are not ours to take
+        pass
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

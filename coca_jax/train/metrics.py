@@ -1,0 +1,133 @@
+"""What a run says of itself: metrics.jsonl, TensorBoard, one progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Writer:
+    """Metrics of one run: a JSON line a step in metrics.jsonl, and scalars for TensorBoard. Only process 0 writes.
+
+    A run that goes on from an earlier step drops the lines after that step: each step stands in the file once.
+    """
+
+    def __init__(self, workdir: epath.Path, start_step: int) -> None:
+        self._path = workdir / METRICS_FILE
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        kept = [line for line in read_lines(self._path) if line["step"] <= start_step]
+        partial = self._path.with_name(METRICS_FILE + ".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self._path)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds scalars of a step. Not-a-number is written as null, which is JSON."""
+        if not self._writes:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._writes:
+            self._file.close()
+            self._board.close()
+
+
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut by a kill is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+class Progress:
+    """The progress line: step, losses, accuracy in the batch, examples/s, time left."""
+
+    def __init__(self, start_step: int, steps: int, batch_size: int) -> None:
+        self._bar = tqdm.tqdm(
+            initial=start_step,
+            total=steps,
+            unit="step",
+            desc="train",
+            mininterval=1.0,
+            dynamic_ncols=True,
+            disable=jax.process_index() != 0,
+        )
+        self._batch_size = batch_size
+        self._rate = Rate(start_step)
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._rate.update(step)
+        shown = {
+            "loss": metrics.get("loss"),
+            "con": metrics.get("loss/contrastive"),
+            "cap": metrics.get("loss/captioning"),
+            "acc": metrics.get("accuracy/image_to_text"),
+        }
+        parts = [f"{name} {float(value):.3f}" for name, value in shown.items() if value is not None]
+        self._bar.set_postfix_str(", ".join([*parts, f"{self.examples_per_second:.0f} examples/s"]), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    @property
+    def examples_per_second(self) -> float:
+        """Of the last few seconds of training, evaluations and saves left out."""
+        return self._rate.steps_per_second * self._batch_size
+
+    def pause(self) -> None:
+        """Before something that is not a step: its time is not training time."""
+        self._rate.pause()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if jax.process_index() == 0:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Rate:
+    """Steps per second, the median of recent steps: one slow step (a compilation, a save) does not bend it."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._last = step, time.monotonic()
+        self._times: list[float] = []
+        self._paused = True  # the first step compiles
+
+    def update(self, step: int) -> None:
+        now = time.monotonic()
+        if step > self._step and not self._paused:
+            self._times = [*self._times[-63:], (now - self._last) / (step - self._step)]
+        self._step, self._last, self._paused = step, now, False
+
+    def pause(self) -> None:
+        self._paused = True
+
+    @property
+    def steps_per_second(self) -> float:
+        return 1.0 / max(float(np.median(self._times)), 1e-9) if self._times else 0.0

@@ -1,0 +1,111 @@
+"""Optimiser and schedule from the configuration: optax, put together."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from coca_jax import config
+from coca_jax.config import ConfigError
+from coca_jax.sharding import parameter_axes, path_of
+
+
+def schedule(c: config.Optimizer, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0 over `warmup * steps`, then the named decay to the last step."""
+    warmup = round(c.warmup * steps)
+    rest = max(steps - warmup, 1)
+    if c.schedule == "linear":
+        after = optax.linear_schedule(c.peak_lr, c.peak_lr * c.end_lr, rest)
+    elif c.schedule == "cosine":
+        after = optax.cosine_decay_schedule(c.peak_lr, rest, c.end_lr)
+    elif c.schedule == "rsqrt":
+        start = max(warmup, 1)
+
+        def after(count: Any) -> Any:
+            return c.peak_lr * jnp.sqrt(start / (start + count))
+    else:
+        after = optax.constant_schedule(c.peak_lr)
+    if not warmup:
+        return after
+    # The first step already moves: warm-up reaches peak_lr at its last step.
+    ramp = optax.linear_schedule(c.peak_lr / warmup, c.peak_lr, max(warmup - 1, 1))
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.GradientTransformation:
+    """The whole chain: clip, scale, decay, learning rate, frozen parameters.
+
+    Args:
+      c: configuration.
+      steps: of the whole run, for the schedule.
+      parameters: the parameters or their shapes, for the masks.
+
+    Raises:
+      ConfigError: a freeze pattern matches no parameter, or every parameter.
+    """
+    decay = matching(parameters, [c.decay_mask])
+    parts = [optax.clip_by_global_norm(c.clip_norm)] if c.clip_norm else []
+    if c.name == "adafactor":
+        # Shazeer and Stern 2018 (arXiv 1804.04235): factored second moment with decay min(b2, 1 - t^-0.8), updates
+        # clipped to unit root-mean-square. optax has no b1 there: momentum is a part of its own (CoCa, section 4.1).
+        factored = optax.scale_by_factored_rms(
+            decay_rate=0.8, decay_rate_fn=lambda count, rate: jnp.minimum(c.b2, 1.0 - (count + 1.0) ** -rate)
+        )
+        parts += [on_matrices(factored), optax.clip_by_block_rms(1.0)]
+        parts += [optax.ema(c.b1, debias=False)] if c.b1 else []
+    else:
+        parts.append(optax.scale_by_adam(c.b1, c.b2, c.eps))
+    if c.weight_decay:
+        parts.append(optax.add_decayed_weights(c.weight_decay, decay))
+    parts.append(optax.scale_by_learning_rate(schedule(c, steps)))
+    optimizer = optax.chain(*parts)
+    if not c.freeze:
+        return optimizer
+    for pattern in c.freeze:
+        if not any(jax.tree.leaves(matching(parameters, [pattern]))):
+            raise ConfigError(f"config.optimizer.freeze: {pattern!r} matches no parameter; see the list of parameters")
+    frozen = matching(parameters, c.freeze)
+    if all(jax.tree.leaves(frozen)):
+        raise ConfigError(f"config.optimizer.freeze={c.freeze} freezes every parameter: nothing is left to train")
+    labels = jax.tree.map(lambda stop: "frozen" if stop else "trained", frozen)
+    return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
+def matching(parameters: Any, patterns: Any) -> Any:
+    """A tree of bools: whether a parameter's whole path matches one of the patterns."""
+    compiled = [re.compile(p) for p in patterns]
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(p.fullmatch(path_of(path)) for p in compiled), parameters
+    )
+
+
+def on_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Shows `inner` attention kernels as matrices: `[d, h, k]` as `[d, h * k]`, patches `[p, p, 3, d]` as `[p * p * 3, d]`.
+
+    Adafactor factors the two largest axes if both have at least 128 elements. Of `[1024, 16, 64]` it would factor nothing
+    and keep a second moment as large as the parameter.
+    """
+
+    def merged(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        axes = parameter_axes(path_of(path), x.ndim)
+        shape: list[int] = []
+        for i, (axis, size) in enumerate(zip(axes, x.shape, strict=True)):
+            together = i > 0 and ({axis, axes[i - 1]} == {"heads", "head_width"} or axis == axes[i - 1] == "patch")
+            shape = [*shape[:-1], shape[-1] * size] if together else [*shape, size]
+        return x.reshape(shape)
+
+    def merge(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(merged, tree)
+
+    def init(parameters: Any) -> Any:
+        return inner.init(merge(parameters))
+
+    def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
+        new, state = inner.update(merge(updates), state, None if parameters is None else merge(parameters))
+        return jax.tree.map(lambda y, x: y.reshape(x.shape), new, updates), state
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,91 @@
+"""The training state: abstract first, then sharded, then real."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key
+
+from coca_jax import config
+from coca_jax.model.coca import CoCa
+from coca_jax.sharding import tree_shardings
+
+Parameters = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run is, but for its place in the data.
+
+    Attributes:
+      step: updates made so far.
+      params: parameters by path.
+      opt_state: optax's.
+      ema: moving average of the parameters, or None.
+      rng: the run's key; what a step draws is keyed on (rng, step).
+    """
+
+    step: Int[Array, ""]
+    params: Parameters
+    opt_state: Any
+    ema: Parameters | None
+    rng: Key[Array, ""]
+
+
+def abstract_parameters(c: config.Config) -> Parameters:
+    """Shapes of the parameters; those of a half whose loss weight is 0 do not exist."""
+    image, text = c.model.image, c.model.text
+    images = jax.ShapeDtypeStruct((1, image.size, image.size, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, text.length), jnp.int32)
+    return jax.eval_shape(lambda i, t: init_parameters(c, jax.random.key(0), i, t), images, tokens)
+
+
+def init_parameters(c: config.Config, rng: Key[Array, ""], images: Any = None, tokens: Any = None) -> Parameters:
+    """Parameters as a plain nested dict, drawn from a key."""
+    image, text = c.model.image, c.model.text
+    images = jnp.zeros((1, image.size, image.size, 3)) if images is None else images
+    tokens = jnp.full((1, text.length), text.pad_id, jnp.int32) if tokens is None else tokens
+
+    def everything(model: CoCa, images: Any, tokens: Any) -> Any:
+        captioning = c.loss.lambda_cap > 0
+        output = model.forward(images, tokens, contrastive=c.loss.lambda_con > 0, captioning=captioning)
+        return output, model.head() if captioning else None
+
+    return CoCa(c.model).init(rng, images, tokens, method=everything)["params"]
+
+
+def create(c: config.Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state from the configured seed. Pure: trace it, or jit it with out_shardings."""
+    init_key, run_key = jax.random.split(jax.random.key(c.seed))
+    params = init_parameters(c, init_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if c.optimizer.ema_decay else None,
+        rng=run_key,
+    )
+
+
+def abstract(c: config.Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: create(c, optimizer))
+    shardings = tree_shardings(shapes, shapes.params, mesh)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+    )
+
+
+def real(c: config.Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A fresh state, each device holding its own shards from the start. Needs `jax.set_mesh(mesh)`."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(c, optimizer, mesh))
+    return jax.jit(lambda: create(c, optimizer), out_shardings=shardings)()
+
+
+def parameter_count(params: Parameters) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

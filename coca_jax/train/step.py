@@ -1,0 +1,87 @@
+"""One training step, pure: jit, donation and shardings are put around it in `compile_step`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from coca_jax import config, losses
+from coca_jax.data.images import normalize
+from coca_jax.model.coca import MAX_LOG_SCALE, CoCa
+from coca_jax.sharding import batch_sharding, replicated, shard
+from coca_jax.train.optimizer import schedule
+from coca_jax.train.state import Parameters, TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def loss_function(c: config.Config, params: Parameters, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """The loss of a global batch, and its parts.
+
+    Args:
+      c: configuration.
+      params: of the model.
+      batch: `images` uint8 `[b, size, size, 3]`, `tokens` int32 `[b, t]`.
+    """
+    model, weights = CoCa(c.model), c.loss
+    images = shard(normalize(batch["images"], c.data.mean, c.data.std), "batch", None, None, None)
+    captioning = weights.lambda_cap > 0
+    output = model.apply(
+        {"params": params},
+        images,
+        batch["tokens"],
+        contrastive=weights.lambda_con > 0,
+        captioning=captioning,
+        method="forward",
+    )
+    head = model.apply({"params": params}, method="head") if captioning else None
+    return losses.total(output, head, batch["tokens"], weights, pad_id=c.model.text.pad_id)
+
+
+def train_step(
+    c: config.Config, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    """Loss, gradients, update. Metrics are float32 scalars of the global batch."""
+    gradients, metrics = jax.grad(lambda p: loss_function(c, p, batch), has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if "logit_scale" in params:
+        params["logit_scale"] = jnp.clip(params["logit_scale"], 0.0, MAX_LOG_SCALE)
+    ema = state.ema
+    if ema is not None:
+        # Early on the average forgets faster, so that it does not remember the initialisation.
+        decay = jnp.minimum(c.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
+    metrics |= {
+        "gradient_norm": optax.global_norm(gradients),
+        "update_norm": optax.global_norm(updates),
+        "learning_rate": jnp.asarray(schedule(c.optimizer, c.steps)(state.step), jnp.float32),
+    }
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+
+def compile_step(
+    c: config.Config, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step over a mesh: jitted, the old state's buffers given to the new one.
+
+    Args:
+      c: configuration.
+      optimizer: made for these parameters.
+      mesh: of sharding.MESH_AXES; must be the one set by `jax.set_mesh` when the step is called or lowered.
+      state: real or abstract, with shardings. Given again as out_shardings: left to the compiler, gradients and moments
+        can lose the fsdp axis.
+    """
+    places: Any = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        lambda state, batch: train_step(c, optimizer, state, batch),
+        in_shardings=(places, batch_sharding(mesh)),
+        out_shardings=(places, replicated(mesh)),
+        donate_argnums=0,
+    )

@@ -1,0 +1,27 @@
+"""CoCa, the paper's largest (Yu et al. 2022, table 1): 1.0B image encoder, 1.1B text decoder.
+
+    python -m coca_jax.main --config=configs/coca_giant.py --workdir=gs://BUCKET/coca_giant \\
+        --config.data.train='array_record:gs://BUCKET/pairs/train-*.array_record' \\
+        --config.data.tokenizer=gs://BUCKET/pairs/tokenizer.model
+
+The recipe is that of coca_base.py, for 2,048 TPU v4 chips: parameters and optimiser state sharded over 64 chips, 32 such
+replicas. The table's 1.1B for this decoder is met with the softmax tied to the token embedding (1.09B; untied 1.18B), those
+of Base and Large with two separate matrices.
+"""
+
+import ml_collections
+
+from coca_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = default()
+    c.model.embed_dim = 1408
+    c.model.image.update(width=1408, depth=40, heads=16, mlp_dim=6144, remat="everything")
+    c.model.text.update(width=1408, heads=16, mlp_dim=5632, n_uni=18, n_multi=18, remat="everything")
+    c.model.text.tie_embeddings = True
+    c.model.pooler.heads = 16
+    c.mesh.update(replica=-1, fsdp=64)
+    c.evaluate.every = 10_000
+    c.checkpoint.every = 2_500
+    return c

@@ -1,0 +1,122 @@
+"""What holds in every test: strict JAX on the CPU, compiled programs kept between runs, and a way to start a process.
+
+Warnings are errors too (`filterwarnings` in pyproject.toml). A test of several devices runs in a process of its own,
+because the number of devices is fixed when JAX starts: see `run_python`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+# Read by JAX when it is imported, here and in the processes that tests start.
+STRICT = {
+    "JAX_PLATFORMS": "cpu",
+    # [b] + [b, d] must be written out: broadcasting by rank is how a wrong axis stays unseen.
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+}
+os.environ |= STRICT
+
+import jax  # noqa: E402  (after its environment)
+
+
+def _processor() -> str:
+    """Tells processors apart that cannot run each other's programs."""
+    try:
+        cpuinfo = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        cpuinfo = []
+    lines = sorted({line for line in cpuinfo if line.startswith(("model name", "flags", "Features"))})
+    return hashlib.sha256("\n".join([platform.processor(), *lines]).encode()).hexdigest()[:12]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Compiled programs are kept for the next run, about three times quicker to load than to compile and bit-identical.
+    # Only for this process: a process that a test kills would leave half-written entries. One folder for each kind of
+    # processor, which JAX does not look at. `pytest --cache-clear` empties it.
+    folder = config.cache.mkdir(f"jax-{_processor()}")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python in a process of its own, with several CPU devices; returns its CompletedProcess (output as text).
+
+    `run_python(program, devices=8, *, env=None, cwd=REPOSITORY, timeout=300, check=True)`:
+
+    Args:
+      program: one of
+        a snippet of code, indented as it likes;
+        the arguments of the interpreter, e.g. `["-m", "coca_jax.main", "--config=configs/debug.py"]`;
+        a function of a test's module without arguments: the module is executed in the new process and the function
+        called. What it prints is the output.
+      devices: CPU devices that JAX sees there.
+      env: set beside the strict settings above.
+      cwd: folder in which it runs.
+      timeout: seconds.
+      check: fail the test, showing the output, where the exit status is not 0.
+    """
+    return _run_python
+
+
+def _run_python(
+    program: str | Sequence[str | os.PathLike[str]] | Callable[[], object],
+    devices: int = 8,
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | os.PathLike[str] = REPOSITORY,
+    timeout: float = 300,
+    check: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    if isinstance(program, str):
+        arguments = ["-c", textwrap.dedent(program)]
+    elif callable(program):
+        name = getattr(program, "__qualname__", "")
+        assert name.isidentifier(), f"{name!r}: only a function at the top of its module can be called elsewhere"
+        call = f"import runpy; runpy.run_path({inspect.getfile(program)!r})[{name!r}]()"
+        arguments = ["-c", call]
+    else:
+        arguments = [os.fspath(a) for a in program]
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
+    environment = {
+        **os.environ,
+        **STRICT,
+        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
+        # So that the repository is found from any cwd, its configs/ and tests/ included.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+        **(env or {}),
+    }
+    command = [sys.executable, *arguments]
+    shown = f"{' '.join(arguments)[:2000]}\n({devices} devices, in {os.fspath(cwd)})"
+    try:
+        done = subprocess.run(
+            command, env=environment, cwd=cwd, timeout=timeout, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"still running after {timeout} s: {shown}\n{_output(error.stdout, error.stderr)}", pytrace=False)
+    if check and done.returncode:
+        text = _output(done.stdout, done.stderr)
+        pytest.fail(f"exit status {done.returncode} of: {shown}\n{text}", pytrace=False)
+    return done
+
+
+def _output(*streams: str | bytes | None) -> str:
+    """The ends of standard output and standard error, each under its name."""
+    parts = []
+    for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+        text = stream.decode(errors="replace") if isinstance(stream, bytes) else stream or ""
+        parts.append(f"---- {name}\n{text[-6000:].rstrip() or '(nothing)'}")
+    return "\n".join(parts)

@@ -1,0 +1,322 @@
+"""The Grain pipeline: epochs, shares, exact resumption, placement. Real files, real worker processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from coca_jax import config
+from coca_jax.data import images, pipeline, records
+from coca_jax.data.records import DataError, Record
+from coca_jax.data.sources import open_source
+
+ROOT = Path(__file__).parents[2]
+SIZE = 37  # records of `small`
+BATCH = 8
+LENGTH = 32
+DATA = config.Data(
+    crop_area=(0.4, 1.0), flip=True, color_jitter=0.3, hue_jitter=0.1, grayscale=0.1, rotate=10.0, blur=0.3, threads=2
+)
+
+
+@pytest.fixture
+def load(small, small_tokenizer):
+    """The training loader of the small source."""
+
+    def make(data: config.Data = DATA, **changes) -> grain.IterDataset:
+        options = {"image_size": 24, "length": LENGTH, "batch_size": BATCH, "seed": 3, **changes}
+        return pipeline.train_loader(small, small_tokenizer, data, **options)
+
+    return make
+
+
+def take(loader, count: int) -> list:
+    iterator = iter(loader)
+    try:
+        return list(itertools.islice(iterator, count))
+    finally:
+        iterator.close()
+
+
+def assert_same(batches, others) -> None:
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key], err_msg=key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What comes out
+
+
+def test_shapes_and_types(load):
+    (batch,) = take(load(), 1)
+    assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
+        "images": ((BATCH, 24, 24, 3), "uint8"),
+        "tokens": ((BATCH, LENGTH), "int32"),
+        "index": ((BATCH,), "int64"),
+    }
+
+
+def test_every_epoch_is_a_new_permutation(load):
+    stream = np.concatenate([batch["index"] for batch in take(load(), 3 * SIZE // BATCH + 1)])
+    epochs = [stream[i * SIZE : (i + 1) * SIZE].tolist() for i in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(SIZE))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert epochs[0] != sorted(epochs[0])
+
+
+def test_tokens_and_colours_belong_to_the_record(load, small, small_tokenizer):
+    data = dataclasses.replace(DATA, color_jitter=0.0, hue_jitter=0.0, grayscale=0.0, rotate=0.0)
+    captions: dict[int, set[str]] = {}
+    for batch in take(load(data), 12):
+        for pixels, tokens, index in zip(batch["images"], batch["tokens"], batch["index"], strict=True):
+            record = small[int(index)]
+            text = small_tokenizer.decode(tokens)
+            assert text in record.captions
+            captions.setdefault(int(index), set()).add(text)
+            middle = images.decode(record.image).mean((0, 1))
+            np.testing.assert_allclose(pixels.mean((0, 1)), middle, atol=12)
+    assert any(len(texts) == 2 for texts in captions.values())  # both captions are drawn in time
+
+
+def test_any_example_can_be_made_again_alone(load, small, small_tokenizer):
+    stream = take(load(), 2 * SIZE // BATCH + 1)
+    examples = pipeline.train_examples(small, small_tokenizer, DATA, image_size=24, length=LENGTH, seed=3)
+    positions = np.concatenate([batch["index"] for batch in stream])
+    pixels = np.concatenate([batch["images"] for batch in stream])
+    tokens = np.concatenate([batch["tokens"] for batch in stream])
+    for position in range(0, 2 * SIZE, 5):
+        epoch = position // SIZE
+        again = examples[epoch * SIZE + int(positions[position])]
+        np.testing.assert_array_equal(again["images"], pixels[position])
+        np.testing.assert_array_equal(again["tokens"], tokens[position])
+
+
+def test_augmentation_differs_between_epochs_and_seeds(small, small_tokenizer):
+    first, other = (
+        pipeline.train_examples(small, small_tokenizer, DATA, image_size=24, length=16, seed=seed) for seed in (0, 1)
+    )
+    assert (first[5]["images"] != first[SIZE + 5]["images"]).any()
+    assert first[5]["index"] == first[SIZE + 5]["index"] == 5
+    assert (first[5]["images"] != other[5]["images"]).any()
+
+
+def test_seed_decides(load):
+    assert_same(take(load(seed=7), 3), take(load(seed=7), 3))
+    one, other = take(load(seed=7), 1), take(load(seed=8), 1)
+    assert (one[0]["index"] != other[0]["index"]).any()
+
+
+def test_threads_change_nothing(load):
+    batches = take(load(dataclasses.replace(DATA, threads=1)), 7)
+    assert_same(batches, take(load(dataclasses.replace(DATA, threads=4)), 7))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_global_batch(load, count):
+    steps = 2 * SIZE // BATCH
+    whole = take(load(), steps)
+    shares = [take(load(process_index=i, process_count=count), steps) for i in range(count)]
+    for step in range(steps):
+        parts = [share[step] for share in shares]
+        assert all(len(part["index"]) == BATCH // count for part in parts)
+        merged = {key: np.concatenate([part[key] for part in parts]) for key in whole[step]}
+        # The same examples, pixel for pixel; only their order within the batch is another.
+        order, wanted = (np.lexsort(batch["images"].reshape(BATCH, -1).T) for batch in (merged, whole[step]))
+        for key in merged:
+            np.testing.assert_array_equal(merged[key][order], whole[step][key][wanted])
+
+
+def test_batch_that_processes_cannot_share(load):
+    with pytest.raises(DataError, match=r"config\.batch_size=8 is not divisible by the 3 processes; near it: 6, 9"):
+        load(process_count=3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resumption
+
+
+# Starting worker processes takes seconds each time: they are tried here only, in the longest chain.
+@pytest.mark.parametrize("workers, placed", [(0, False), (0, True), (2, True)])
+def test_resume_is_exact(load, workers, placed):
+    def make() -> grain.IterDataset:
+        loader = load(dataclasses.replace(DATA, workers=workers))
+        return pipeline.place(loader, sharding(), prefetch=2) if placed else loader
+
+    before, after = 4, 6  # the first epoch ends in the fifth batch
+    iterator = iter(make())
+    for _ in range(before):
+        next(iterator)
+    state = pickle.loads(pickle.dumps(iterator.get_state()))
+    wanted = [jax.tree.map(np.array, next(iterator)) for _ in range(after)]
+    iterator.close()
+
+    other = iter(make())
+    other.set_state(state)
+    assert_same([next(other) for _ in range(after)], wanted)
+    if workers:  # processes change nothing in what comes out
+        assert_same(wanted, take(load(), before + after)[before:])
+    else:  # going back on a running iterator is as exact
+        other.set_state(state)
+        assert_same([next(other)], wanted[:1])
+    other.close()
+    indices = np.concatenate([batch["index"] for batch in wanted])
+    assert len(set(indices.tolist())) < len(indices)  # it did cross into the next epoch
+
+
+def test_state_survives_another_number_of_processes(load):
+    iterator = iter(load())
+    next(iterator)
+    state = iterator.get_state()
+    wanted = next(iterator)["index"]
+    shares = [iter(load(process_index=i, process_count=2)) for i in range(2)]
+    for share in shares:
+        share.set_state(state)
+    assert sorted(np.concatenate([next(share)["index"] for share in shares])) == sorted(wanted)
+
+
+def test_position_key_tells_what_a_state_is_good_for(small, small_folder):
+    wanted = pipeline.position_key(small, DATA, batch_size=8, seed=0)
+    assert wanted == pipeline.position_key(small, DATA, batch_size=8, seed=0)
+    part = open_source(f"array_record:{small_folder}/small-0.array_record")
+    assert pipeline.position_key(part, DATA, batch_size=8, seed=0) != wanted
+    assert pipeline.position_key(small, dataclasses.replace(DATA, workers=2), batch_size=8, seed=0) != wanted
+    assert pipeline.position_key(small, DATA, batch_size=16, seed=0) != wanted
+    assert pipeline.position_key(small, DATA, batch_size=8, seed=1) != wanted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_is_one_pass(small, small_tokenizer, processes):
+    def batches(index: int) -> list:
+        options = {"image_size": 24, "length": 16, "batch_size": BATCH}
+        return list(
+            pipeline.eval_batches(small, small_tokenizer, DATA, **options, process_index=index, process_count=processes)
+        )
+
+    shares = [batches(i) for i in range(processes)]
+    assert {len(share) for share in shares} == {-(-SIZE // BATCH)}
+    rows = {}
+    for batch in itertools.chain.from_iterable(shares):
+        assert batch["images"].shape == (BATCH // processes, 24, 24, 3)
+        assert batch["valid"].dtype == bool and batch["index"].dtype == np.int64
+        for i, valid in enumerate(batch["valid"]):
+            if valid:
+                assert int(batch["index"][i]) not in rows
+                rows[int(batch["index"][i])] = batch["images"][i], batch["tokens"][i]
+            else:
+                assert batch["index"][i] == -1 and not batch["images"][i].any() and not batch["tokens"][i].any()
+    assert sorted(rows) == list(range(SIZE))
+    for index, (pixels, tokens) in rows.items():
+        record = small[index]
+        np.testing.assert_array_equal(pixels, images.Preprocessor(24).pixels([record.image])[0])
+        np.testing.assert_array_equal(tokens, small_tokenizer.encode(record.captions[0], 16))
+    assert_same(shares[0], batches(0))
+
+
+def test_bad_picture_names_its_record(tmp_path, small_tokenizer):
+    record = Record("broken-7", b"no picture", ("a caption",))
+    records.write(tmp_path / "bad.array_record", [records.pack(record, width=1, height=1)])
+    source = open_source(f"array_record:{tmp_path}/bad.array_record")
+    options = {"image_size": 24, "length": 16, "batch_size": 1}
+    with pytest.raises(DataError, match=r"bad\.array_record: record 0 \(broken-7\): 10 bytes that are not a readable"):
+        take(pipeline.train_loader(source, small_tokenizer, DATA, seed=0, **options), 1)
+    with pytest.raises(DataError, match=r"record 0 \(broken-7\)"):
+        list(pipeline.eval_batches(source, small_tokenizer, DATA, **options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the mesh
+
+
+def sharding() -> jax.sharding.NamedSharding:
+    mesh = jax.make_mesh((len(jax.devices()),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_place(load, prefetch):
+    host = take(load(), 3)
+    placed = take(pipeline.place(load(), sharding(), prefetch), 3)
+    for batch, wanted in zip(placed, host, strict=True):
+        for key in ("images", "tokens"):
+            assert isinstance(batch[key], jax.Array)
+            assert batch[key].sharding.is_equivalent_to(sharding(), batch[key].ndim)
+        assert isinstance(batch["index"], np.ndarray) and batch["index"].dtype == np.int64
+        assert_same([batch], [wanted])
+
+
+def test_place_ends_with_the_evaluation(small, small_tokenizer):
+    loader = pipeline.eval_batches(small, small_tokenizer, DATA, image_size=24, length=16, batch_size=BATCH)
+    valid = [np.asarray(batch["valid"]) for batch in pipeline.place(loader, sharding())]
+    assert np.concatenate(valid).sum() == SIZE
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+import numpy as np
+from coca_jax import config
+from coca_jax.data import pipeline, sources, tokenizer
+
+port, index, spec, model = sys.argv[1:]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(index))
+assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
+mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+loader = pipeline.train_loader(
+    sources.open_source(spec), tokenizer.Tokenizer(model), config.Data(threads=2), image_size=24, length=16,
+    batch_size=8, seed=3, process_index=int(index), process_count=2,
+)
+placed = iter(pipeline.place(loader, sharding))
+for local, batch in zip(iter(loader), placed):
+    assert batch["images"].shape == (8, 24, 24, 3) and local["images"].shape == (4, 24, 24, 3)
+    for key in ("images", "tokens"):
+        shards = sorted(batch[key].addressable_shards, key=lambda shard: shard.index[0].start)
+        np.testing.assert_array_equal(np.concatenate([shard.data for shard in shards]), local[key])
+    total = jax.jit(lambda x: x.astype("float32").sum(), out_shardings=jax.sharding.NamedSharding(mesh, jax.P()))
+    print("sum", float(total(batch["images"])), flush=True)
+    if placed.get_state()["next_index"] == 3:
+        break
+placed.close()
+"""
+
+
+def test_place_in_two_processes(small_folder, small_tokenizer, load, tmp_path, free_port):
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    small_tokenizer.save(tmp_path / "t.model")
+    spec = f"array_record:{small_folder}/small-*.array_record"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "two.py"), str(free_port), str(i), spec, str(tmp_path / "t.model")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for i in range(2)
+    ]
+    results = [process.communicate(timeout=240) for process in started]
+    assert [process.returncode for process in started] == [0, 0], results[0][1][-3000:] + results[1][1][-3000:]
+    sums = [[float(line.split()[1]) for line in out.splitlines() if line.startswith("sum")] for out, _ in results]
+    wanted = [float(batch["images"].sum(dtype=np.float64)) for batch in take(load(config.Data(threads=2)), 3)]
+    assert sums[0] == sums[1]
+    np.testing.assert_allclose(sums[0], wanted, rtol=1e-6)

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from coca_jax.evaluate import pixels, retrieval, suite
+from tests.evaluate.shapes import COLORS, LENGTH, SIZE, World, unit
+
+WIDTH = 24
+SPLIT = {f"r{k}" for k in retrieval.KS} | {"median_rank"}
+
+
+def contrastive(world: World, noise: float = 0.0):
+    """An image encoder that looks at colour and shape, and a text encoder that reads them: their features agree."""
+    words = [*COLORS, "square", "circle", "bar"]
+    table = np.random.default_rng(0).normal(size=(len(words), WIDTH))
+    palette = np.array(list(COLORS.values()), float)
+
+    def encode_image(images):
+        rows = []
+        for image in images:
+            color = int(np.argmin(((palette - image[SIZE // 2, SIZE // 2]) ** 2).sum(1)))
+            ink = ((image.astype(int) - 255) ** 2).sum(2) > ((image.astype(int) - palette[color]) ** 2).sum(2)
+            y, x = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+            full = ink.sum() > 0.9 * len(y) * len(x)
+            shape = words.index("bar" if len(y) < 0.6 * len(x) else "square" if full else "circle")
+            rng = np.random.default_rng(int(image.sum()))
+            rows.append(table[color] + table[shape] + noise * rng.normal(size=WIDTH))
+        return unit(np.stack(rows))
+
+    def encode_text(tokens):
+        rows = []
+        for row in tokens:
+            text = world.tokenizer.decode(row).replace(",", " ").split()
+            rows.append(sum((table[words.index(word)] for word in text if word in words), np.full(WIDTH, 1e-3)))
+        return unit(np.stack(rows))
+
+    return encode_image, encode_text
+
+
+def generative(world: World):
+    def caption_loss(images, tokens):
+        count = (tokens[:, 1:] != world.tokenizer.pad_id).sum(1)
+        return count * (1 + images.mean((1, 2, 3)) / 255), count
+
+    def generate(images):
+        return world.tokenizer.encode_batch(["red square"] * len(images), LENGTH)
+
+    return caption_loss, generate
+
+
+def whole(world: World, noise: float = 0.0) -> suite.Functions:
+    return suite.Functions(*contrastive(world, noise), *generative(world))
+
+
+def run(world: World, functions: suite.Functions, **changes) -> suite.Results:
+    settings = {"reference": world.reference, "progress": False} | changes
+    return suite.run(functions, world.sources, world.tokenizer, world.config, world.batches, **settings)
+
+
+def test_metrics_have_their_names_and_are_plain_numbers(world):
+    metrics = run(world, whole(world)).metrics
+    ways = ("image_to_text", "text_to_image")
+    expected = {"seen/caption_exact_match"} | {f"zero_shot/{name}" for name in ("classes", "images", "largest_class")}
+    expected |= {f"zero_shot/{name}" for name in ("top1", "top5", "mean_per_class", "chance/top1", "chance/top5")}
+    for name in ("seen", "new"):
+        groups = [*ways, "chance", *(f"pixel/{way}" for way in ways)]
+        expected |= {f"{name}/{group}/{key}" for group in groups for key in SPLIT}
+        expected |= {f"{name}/{key}" for key in ("images", "texts", "caption_loss", "perplexity")}
+    assert set(metrics) == expected
+    assert all(type(value) is float for value in metrics.values())
+    assert json.loads(json.dumps(metrics)) == metrics
+
+
+def test_a_model_that_sees_scores_full_marks(world):
+    metrics = run(world, whole(world)).metrics
+    for name in ("seen", "new"):
+        for way in ("image_to_text", "text_to_image"):
+            assert metrics[f"{name}/{way}/r1"] == 1, (name, way)
+    # Three classes of shapes; the black pictures have no label and are left out.
+    assert (metrics["zero_shot/top1"], metrics["zero_shot/classes"], metrics["zero_shot/images"]) == (1, 3, 15)
+    assert metrics["zero_shot/chance/top1"] == pytest.approx(1 / 3)
+    assert metrics["seen/texts"] == 24  # 18 pictures, the 6 bars with a second caption
+
+
+def test_figures_equal_those_of_the_definition(world):
+    """A noisy model, measured again here pair by pair from the records."""
+    functions = whole(world, noise=3.0)
+    metrics = run(world, functions).metrics
+    source = world.sources[world.config.evaluate.splits[0]]
+    captions = [source[i].captions for i in range(len(source))]
+    texts = sorted({text for its in captions for text in its})
+    (batch,) = list(world.with_evaluate(batch_size=18).batches(source))
+    image = functions.encode_image(batch["images"]).astype(np.float64)
+    text = functions.encode_text(world.tokenizer.encode_batch(texts, LENGTH)).astype(np.float64)
+    scores = image @ text.T
+    ranks = []
+    for i, its in enumerate(captions):
+        right = [texts.index(c) for c in its]
+        best = scores[i, right].max()
+        ranks.append(1 + sum(scores[i, j] >= best - 1e-12 for j in range(len(texts)) if j not in right))
+    assert 0 < metrics["seen/image_to_text/r1"] < 1  # the noise does its work
+    assert metrics["seen/image_to_text/r1"] == pytest.approx(np.mean(np.array(ranks) == 1))
+    assert metrics["seen/image_to_text/median_rank"] == np.median(ranks)
+    nll, count = functions.caption_loss(batch["images"], batch["tokens"])
+    assert metrics["seen/caption_loss"] == pytest.approx(nll.sum() / count.sum())
+    assert metrics["seen/perplexity"] == pytest.approx(np.exp(nll.sum() / count.sum()))
+
+
+@pytest.mark.parametrize("size", [4, 18, 32])
+def test_batch_size_changes_nothing(world, size):
+    base = run(world, whole(world, noise=3.0)).metrics
+    other = run(world.with_evaluate(batch_size=size), whole(world, noise=3.0)).metrics
+    assert other == pytest.approx(base)
+
+
+def test_absent_halves_are_absent(world):
+    functions = whole(world)
+    captioner = run(world, dataclasses.replace(functions, encode_image=None, encode_text=None))
+    assert {name.split("/")[1] for name in captioner.metrics} == {"caption_loss", "perplexity", "caption_exact_match"}
+    assert captioner.captions and not captioner.queries
+    clip = run(world, dataclasses.replace(functions, caption_loss=None, generate=None))
+    assert not any("caption" in name or "perplexity" in name for name in clip.metrics)
+    assert clip.queries and not clip.captions
+    assert clip.metrics["seen/image_to_text/r1"] == 1
+
+
+def test_gallery_shows_what_was_ranked(world):
+    results = run(world, whole(world))
+    source = world.sources[world.config.evaluate.splits[0]]
+    pictures = {source[i].image: source[i].captions for i in range(len(source))}
+    seen = [query for query in results.queries if query.split == "seen"]
+    assert [query.direction for query in seen].count("image_to_text") == suite.GALLERY == len(seen) // 2
+    for query in seen:
+        assert len(query.answers) == suite.SHOWN and query.answers[0].right and query.rank == 1
+        for answer in query.answers:
+            if query.direction == "image_to_text":
+                assert answer.right == (answer.text in pictures[query.picture])
+            else:
+                assert answer.right == (query.text in pictures[answer.picture])
+    assert len({query.picture for query in seen}) > suite.GALLERY // 2  # different ones
+
+
+def test_captions_stand_under_their_pictures(world):
+    results = run(world, whole(world))
+    assert len(results.captions) == 5 == len({caption.picture for caption in results.captions})
+    source = world.sources[world.config.evaluate.splits[0]]
+    references = {source[i].image: source[i].captions for i in range(len(source))}
+    for caption in results.captions:
+        assert caption.text == "red square" and caption.references == references[caption.picture]
+        assert caption.exact == ("red square" in caption.references)
+    share = np.mean([caption.exact for caption in results.captions])
+    assert results.metrics["seen/caption_exact_match"] == share
+    everything = run(world.with_evaluate(captions=100), whole(world))
+    assert len(everything.captions) == len(source)
+    assert sum(caption.exact for caption in everything.captions) == 1
+
+
+def test_pixel_baseline_finds_seen_colours_and_misses_the_new(world):
+    metrics = run(world, whole(world)).metrics
+    assert metrics["new/pixel/image_to_text/r10"] == metrics["new/pixel/text_to_image/r10"] == 0  # purple: no reference
+    assert 0.5 < metrics["seen/pixel/image_to_text/r1"] <= 15 / 18
+    other_style = run(world, whole(world), reference_style="no such designer").metrics
+    assert other_style["seen/pixel/image_to_text/r10"] == 0
+    assert not any("pixel" in name for name in run(world, whole(world), reference=None).metrics)
+
+
+def test_pixel_baseline_is_computed_once(world, tmp_path, monkeypatch):
+    cache = tmp_path / "folder" / "pixels.json"
+    first = run(world, whole(world), cache=cache).metrics
+    calls = []
+    original = retrieval.pixel_baseline
+    monkeypatch.setattr(retrieval, "pixel_baseline", lambda *args: calls.append(1) or original(*args))
+    assert run(world, whole(world), cache=cache).metrics == first
+    assert not calls
+    run(world, whole(world), cache=cache, reference_style="round")  # another question
+    assert len(calls) == 2
+    cache.write_text(cache.read_text()[:50])  # cut short: computed again, not believed
+    assert run(world, whole(world), cache=cache).metrics == first
+    assert len(calls) == 4
+    assert set(json.loads(cache.read_text())) and pixels.baselines({}, world.reference, cache=cache) == {}
+
+
+def test_batches_that_leave_records_out_are_refused(world):
+    def batches(source):
+        return list(world.batches(source))[:-1]
+
+    with pytest.raises(ValueError, match=r"seen: 2 of 18 records are in no batch; the first is 16"):
+        suite.run(whole(world), world.sources, world.tokenizer, world.config, batches, progress=False)
+
+
+def test_sources_that_are_missing_or_unlabelled_are_refused(world):
+    spec = world.config.evaluate.splits[0]
+    with pytest.raises(ValueError, match="which is not loaded"):
+        suite.run(whole(world), {}, world.tokenizer, world.config, world.batches, progress=False)
+
+    class Unlabelled:
+        name, tokenizer_path = "unlabelled", None
+
+        def __len__(self):
+            return len(world.sources[spec])
+
+        def __getitem__(self, index):
+            return world.sources[spec][index]._replace(label="")
+
+        def fingerprint(self):
+            return "unlabelled"
+
+    sources = world.sources | {spec: Unlabelled()}
+    with pytest.raises(ValueError, match="has no labels: name a labelled source"):
+        suite.run(whole(world), sources, world.tokenizer, world.config, world.batches, progress=False)
+
+
+def test_split_names():
+    specs = [
+        "emoji:seen",
+        "array_record:/data/coco-val.array_record",
+        "array_record:gs://b/val-*.array_record",
+        "x:val",
+    ]
+    found = suite.split_names([*specs, "emoji:seen", "emoji:zero_shot"])
+    assert list(found.values()) == ["seen", "coco-val", "val", "val-2", "zero_shot-2"]
+
+
+def test_spread_is_even_and_without_repeats():
+    assert suite.spread(10, 2) == [2, 7]
+    assert suite.spread(3, 8) == [0, 1, 2]
+    assert suite.spread(5, 0) == []
