@@ -96,7 +96,7 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    name: str = "adafactor"  # adafactor | adamw
+    name: str = "adafactor"  # adafactor | adamw | muon
     peak_lr: float = 8e-4
     schedule: str = "linear"  # linear | cosine | constant | rsqrt, after the warm-up
     warmup: float = 0.02  # share of the steps
@@ -245,7 +245,7 @@ _CHOICES = {
     "model.gelu": ("tanh", "exact"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
-    "optimizer.name": ("adafactor", "adamw"),
+    "optimizer.name": ("adafactor", "adamw", "muon"),
     "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"),
 }
 _POSITIVE = (

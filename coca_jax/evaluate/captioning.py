@@ -35,7 +35,6 @@ def captions(
     images: np.ndarray,
     tokenizer: Tokenizer,
     batch_size: int,
-    multiple: int = 1,
 ) -> list[str]:
     """Captions of some pictures.
 
@@ -46,11 +45,10 @@ def captions(
       images: uint8 `[m, s, s, 3]`.
       tokenizer: turns tokens into text.
       batch_size: most pictures at a time.
-      multiple: the batch is a multiple of this, the number of shards it is split into; divides batch_size.
     """
     if not len(images):
         return []
-    size = min(batch_size, -(-len(images) // multiple) * multiple)
+    size = min(batch_size, len(images))
     texts: list[str] = []
     for start in range(0, len(images), size):
         part = images[start : start + size]

@@ -106,7 +106,7 @@ def chart(number: int, label: str, unit: str, series: Mapping[str, Series]) -> s
                 x, y, color=color, linestyle=dash, linewidth=1.8, label=_legend(name), marker=marker, markersize=3.5
             )
         if unit not in ("loss", "nats a token"):
-            axes.set_ylim(bottom=0)  # shares and rates: a small change must look small
+            axes.set_ylim(bottom=0)  # of shares, rates and norms a small change must look small
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -135,6 +135,7 @@ def charts(history: History, splits: Sequence[str]) -> list[dict[str, str]]:
         ("Contrastive accuracy in the batch", "share right", ways),
         ("Held-out image to text, R@1", "share right", recall),
         ("Captioning loss", "nats a token", captioning),
+        ("Gradient norm", "global norm", {"gradient norm": "gradient_norm"}),
         ("Throughput", "examples a second", {"examples a second": "examples_per_second"}),
     ]
     found: list[dict[str, str]] = []

@@ -14,6 +14,7 @@ from coca_jax.data import images
 from coca_jax.data.sources import Source
 from coca_jax.evaluate import retrieval
 
+LIMIT = 20_000  # records of a source: beyond it the lookup would take longer than the rest of an evaluation
 _VERSION = 1  # of the computation: raise it where the figures change
 
 
@@ -37,6 +38,9 @@ def baselines(
       background: RGB under transparent pixels.
       cache: JSON file in which results are kept, by the fingerprints of the sources; None keeps none.
       bar: progress bar to move, one step a picture.
+
+    Raises:
+      ValueError: no record of the reference has that style.
     """
     path = epath.Path(cache) if cache is not None else None
     known = _read(path)
@@ -48,21 +52,25 @@ def baselines(
         bar.set_description("pixel baseline")
         texts = {name: retrieval.unique_texts([r.captions for r in _records(s)]) for name, s in missing.items()}
         wanted = {text for distinct, _ in texts.values() for text in distinct}
-        pictures, names = [], []
+        pictures, names, styles = [], [], set()
         for record in _records(reference):
+            styles.add(record.style)
             if record.captions and (not style or record.style == style) and wanted.intersection(record.captions):
                 pictures.append(images.fit(images.decode(record.image, background, size), size))
                 names.append(record.captions)
             bar.update()
+        if style and style not in styles:
+            there = ", ".join(sorted(styles - {""})) or "none"
+            raise ValueError(f"config.evaluate.reference_style={style!r}: the styles of {reference.name} are {there}")
         references = _stack(pictures, size)
-        for name, source in missing.items():
-            pictures = []
+        for split, source in missing.items():
+            held_out = []
             for record in _records(source):
-                pictures.append(images.fit(images.decode(record.image, background, size), size))
+                held_out.append(images.fit(images.decode(record.image, background, size), size))
                 bar.update()
-            distinct, image_to_text = texts[name]
-            known[keys[name]] = retrieval.pixel_baseline(
-                _stack(pictures, size), image_to_text, distinct, references, names
+            distinct, image_to_text = texts[split]
+            known[keys[split]] = retrieval.pixel_baseline(
+                _stack(held_out, size), image_to_text, distinct, references, names
             )
         _write(path, known)
     return {name: known[key] for name, key in keys.items()}

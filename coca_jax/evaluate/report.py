@@ -25,6 +25,8 @@ from coca_jax.evaluate import curves, retrieval, suite, template
 from coca_jax.evaluate.figures import ABSENT, duration, million, percent, plain
 
 REPORT_FILE = "report.html"
+REPORT_FILE = "report.html"
+
 _DIRECTIONS = ("image_to_text", "text_to_image")
 _THUMBNAIL = 96  # pixels
 _CAPTIONS = 96  # shown at most, so that the page stays a few MB

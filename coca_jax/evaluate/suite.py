@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from absl import logging
 from etils import epath
 from tqdm import tqdm
 
@@ -108,7 +109,6 @@ def run(
     reference: Source | None = None,
     reference_style: str = "",
     cache: epath.PathLike | None = None,
-    multiple: int = 1,
     progress: bool = True,
 ) -> Results:
     """Evaluates every split of `config.evaluate`; a progress bar runs along.
@@ -127,10 +127,10 @@ def run(
       tokenizer: of the model.
       config: the run's.
       batches: a source -> its batches, every record once, all of one shape.
-      reference: the training source that the pixel baseline looks names up in; None leaves the baseline out.
+      reference: the training source that the pixel baseline looks names up in; None leaves the baseline out, as do
+        sources of more than `pixels.LIMIT` records.
       reference_style: the style of the pictures it uses; empty: all.
       cache: JSON file in which the pixel baseline is kept between evaluations; None computes it each time.
-      multiple: generated batches are a multiple of this: the shards of a batch.
       progress: whether to show the bar.
 
     Raises:
@@ -149,6 +149,7 @@ def run(
         desc="evaluate",
         unit=" examples",
         disable=not progress,
+        leave=None,  # inside the training's bar it goes away when it is done
         dynamic_ncols=True,
     )
 
@@ -181,7 +182,7 @@ def run(
             if spec in names and functions.caption_loss is not None:
                 metrics |= _flat(captioning.summary(got.nll, got.tokens), name)
             if len(shown) and functions.generate is not None:
-                new = _captions(functions.generate, source, name, shown, got.pictures, tokenizer, config, multiple)
+                new = _captions(functions.generate, source, name, shown, got.pictures, tokenizer, config)
                 metrics[f"{name}/caption_exact_match"] = float(np.mean([caption.exact for caption in new]))
                 captions += new
             if spec == evaluate.zero_shot and encodes:
@@ -196,7 +197,11 @@ def run(
                 metrics |= _flat(zero_shot.classify(got.features[labelled], labels, features), "zero_shot")
                 metrics |= {"zero_shot/classes": float(len(classes)), "zero_shot/images": float(labelled.sum())}
         if reference is not None and encodes:
-            held_out = {name: sources[spec] for spec, name in names.items()}
+            held_out = {name: sources[spec] for spec, name in names.items() if len(sources[spec]) <= pixels.LIMIT}
+            if len(reference) > pixels.LIMIT or len(held_out) < len(names):
+                text = "the pixel baseline is left out where a source has more than %d records"
+                logging.log_first_n(logging.INFO, text, 1, pixels.LIMIT)
+            held_out = held_out if len(reference) <= pixels.LIMIT else {}
             background = config.data.background
             pixel = pixels.baselines(held_out, reference, reference_style, background=background, cache=cache, bar=bar)
             for name, measures in pixel.items():
@@ -289,10 +294,9 @@ def _captions(
     pictures: Mapping[int, Array],
     tokenizer: Tokenizer,
     config: Config,
-    multiple: int,
 ) -> list[Caption]:
     images = np.stack([pictures[row] for row in rows])
-    texts = captioning.captions(generate, images, tokenizer, config.evaluate.batch_size, multiple)
+    texts = captioning.captions(generate, images, tokenizer, config.evaluate.batch_size)
     captions = []
     for row, text in zip(rows, texts, strict=True):
         record = source[row]

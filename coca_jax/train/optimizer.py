@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from coca_jax import config
 from coca_jax.config import ConfigError
@@ -26,7 +27,8 @@ def schedule(c: config.Optimizer, steps: int) -> optax.Schedule:
         start = max(warmup, 1)
 
         def after(count: Any) -> Any:
-            return c.peak_lr * jnp.sqrt(start / (start + count))
+            # The other schedule's steps come here as negative counts, and are not used.
+            return c.peak_lr * jnp.sqrt(start / (start + jnp.maximum(count, 0)))
     else:
         after = optax.constant_schedule(c.peak_lr)
     if not warmup:
@@ -48,6 +50,7 @@ def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.Gr
       ConfigError: a freeze pattern matches no parameter, or every parameter.
     """
     decay = matching(parameters, [c.decay_mask])
+    rate = schedule(c, steps)
     parts = [optax.clip_by_global_norm(c.clip_norm)] if c.clip_norm else []
     if c.name == "adafactor":
         # Shazeer and Stern 2018 (arXiv 1804.04235): factored second moment with decay min(b2, 1 - t^-0.8), updates
@@ -57,11 +60,27 @@ def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.Gr
         )
         parts += [on_matrices(factored), optax.clip_by_block_rms(1.0)]
         parts += [optax.ema(c.b1, debias=False)] if c.b1 else []
-    else:
+    elif c.name == "adamw":
         parts.append(optax.scale_by_adam(c.b1, c.b2, c.eps))
-    if c.weight_decay:
-        parts.append(optax.add_decayed_weights(c.weight_decay, decay))
-    parts.append(optax.scale_by_learning_rate(schedule(c, steps)))
+    if c.name == "muon":
+        # Jordan 2024; the scale of Liu et al. 2025 (arXiv 2502.16982) makes a learning rate mean what it means to AdamW,
+        # which keeps the embeddings, the output head, biases and norms.
+        parts.append(
+            optax.contrib.muon(
+                rate,
+                beta=c.b1,
+                weight_decay=c.weight_decay,
+                weight_decay_mask=decay,
+                adam_b1=c.b1,
+                adam_b2=c.b2,
+                muon_weight_dimension_numbers=matrices(parameters),
+                consistent_rms=0.2,
+            )
+        )
+    else:
+        if c.weight_decay:
+            parts.append(optax.add_decayed_weights(c.weight_decay, decay))
+        parts.append(optax.scale_by_learning_rate(rate))
     optimizer = optax.chain(*parts)
     if not c.freeze:
         return optimizer
@@ -81,6 +100,21 @@ def matching(parameters: Any, patterns: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(p.fullmatch(path_of(path)) for p in compiled), parameters
     )
+
+
+def matrices(parameters: Any) -> Any:
+    """For Muon: which axes of a hidden layer's kernel are a matrix's rows and columns; None for other parameters."""
+
+    def axes_of(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = path_of(path)
+        axes = parameter_axes(name, leaf.ndim)
+        if not name.endswith("kernel") or "vocab" in axes or "patch" in axes:
+            return None
+        own = [i for i, axis in enumerate(axes) if axis != "layers"]
+        rows = own[:2] if axes[own[0]] == "heads" else own[:1]
+        return optax.contrib.MuonDimensionNumbers(tuple(rows), tuple(i for i in own if i not in rows))
+
+    return jax.tree_util.tree_map_with_path(axes_of, parameters)
 
 
 def on_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -10,7 +10,8 @@ import PIL.Image
 import PIL.ImageDraw
 
 from coca_jax import config as config_lib
-from coca_jax.data import pipeline, sources
+from coca_jax.data import pipeline
+from coca_jax.data.sources import Source
 from coca_jax.data.tokenizer import Tokenizer
 
 COLORS = {
@@ -45,12 +46,12 @@ def draw(color: str, shape: str, side: int, edge: int) -> bytes:
 class World:
     """What `suite.run` needs beside the functions."""
 
-    sources: dict[str, sources.Source]
-    reference: sources.Source
+    sources: dict[str, Source]
+    reference: Source
     tokenizer: Tokenizer
     config: config_lib.Config
 
-    def batches(self, source: sources.Source):
+    def batches(self, source: Source):
         settings = {"image_size": SIZE, "length": LENGTH, "batch_size": self.config.evaluate.batch_size}
         return pipeline.eval_batches(source, self.tokenizer, self.config.data, **settings)
 

@@ -1,0 +1,1 @@
+"""Parameters to and from other implementations. Knows the model's parameters and no files."""

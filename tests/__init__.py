@@ -1,0 +1,1 @@
+"""Tests mirror coca_jax/; `tiny` and `conftest` hold what they share."""

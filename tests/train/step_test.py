@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from coca_jax import config, sharding
+from coca_jax.train import optimizer, state
+from coca_jax.train.step import compile_step, loss_function
+from tests import tiny
+
+# Skewed on purpose: a mean per device, or per row, would weigh the long captions less.
+LENGTHS = [9, 9, 9, 9, 2, 2, 2, 3]
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (1, 1, 2)]
+
+
+def run_step(c: config.Config, mesh_shape: tuple[int, int, int], steps: int = 2) -> tuple[Any, Any, Any]:
+    """Loss and gradients of the first batch, and the state and metrics after some steps."""
+    mesh = sharding.make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
+    tx = optimizer.make_optimizer(c.optimizer, c.steps, state.abstract_parameters(c))
+    batches = [tiny.batch(c.model, LENGTHS, seed) for seed in range(steps)]
+    with jax.set_mesh(mesh):
+        now = state.real(c, tx, mesh)
+        placed = [jax.device_put(b, sharding.batch_sharding(mesh)) for b in batches]
+        gradients = jax.jit(jax.grad(lambda p, b: loss_function(c, p, b)[0]))(now.params, placed[0])
+        gradients = jax.tree.map(np.asarray, gradients)
+        step = compile_step(c, tx, mesh, now)
+        metrics = []
+        for batch in placed:
+            now, m = step(now, batch)
+            metrics.append({k: float(v) for k, v in m.items()})
+    return gradients, jax.tree.map(np.asarray, now.params), metrics
+
+
+def check_meshes() -> None:
+    """Runs with 8 devices: each mesh against one device."""
+    for kind in ("parallel", "single"):
+        c = tiny.replace(tiny.CONFIG, model__pooler__kind=kind)
+        gradients, params, metrics = run_step(c, (1, 1, 1))
+        for mesh in MESHES:
+            other_gradients, other_params, other_metrics = run_step(c, mesh)
+            for one, other in zip(metrics, other_metrics, strict=True):
+                assert one.keys() == other.keys()
+                for name in one:
+                    np.testing.assert_allclose(other[name], one[name], rtol=2e-5, atol=1e-6, err_msg=f"{mesh} {name}")
+            # float32: sums over the batch in another order; gradients here are of order 0.01 to 1.
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), other_gradients, gradients)
+            # AdamW divides by the gradient's own size: where that is rounding noise, so is the update's sign. Two steps of
+            # 1e-2 could differ by 4e-2 at most; a wrong mean moves far more leaves than these.
+            differs = [
+                np.mean(np.abs(a - b) > 1e-4)
+                for a, b in zip(jax.tree.leaves(other_params), jax.tree.leaves(params), strict=True)
+            ]
+            assert np.mean(differs) < 0.05, (mesh, differs)
+        print(json.dumps({kind: metrics[-1]["loss"]}))
+
+
+def test_eight_devices_equal_one(run_python) -> None:
+    run_python(check_meshes, timeout=600)
+
+
+def lowered(c: config.Config) -> tuple[str, Any, Any]:
+    """The lowered program of a step with its names, its compiled FLOPs, and the parameters' paths."""
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    tx = optimizer.make_optimizer(c.optimizer, c.steps, state.abstract_parameters(c))
+    with jax.set_mesh(mesh):
+        abstract = state.abstract(c, tx, mesh)
+        shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tiny.batch(c.model, LENGTHS).items()}
+        program = compile_step(c, tx, mesh, abstract).lower(abstract, shapes)
+    paths = {sharding.path_of(p) for p, _ in jax.tree_util.tree_leaves_with_path(abstract.params)}
+    return program.as_text(debug_info=True), program.cost_analysis()["flops"], paths
+
+
+def test_a_loss_weight_of_zero_removes_that_half_from_the_program() -> None:
+    both, both_flops, paths = lowered(tiny.CONFIG)
+    generative = ("generative_pooler", "multimodal", "lm_head")
+    contrastive = ("contrastive_pooler", "image_projection", "text_projection", "cls_norm")
+    for name in generative + contrastive:
+        assert name in both, f"{name}: the search would find nothing even where it is computed"
+        assert any(name in path for path in paths)
+
+    clip, clip_flops, paths = lowered(tiny.replace(tiny.CONFIG, loss__lambda_cap=0.0))
+    captioner, captioner_flops, captioner_paths = lowered(tiny.replace(tiny.CONFIG, loss__lambda_con=0.0))
+    for program, there, absent in ((clip, paths, generative), (captioner, captioner_paths, contrastive)):
+        for name in absent:
+            assert name not in program
+            assert not any(name in path for path in there)
+    assert clip_flops < 0.75 * both_flops
+    assert captioner_flops < both_flops
+
+
+def test_the_state_is_donated() -> None:
+    c = tiny.CONFIG
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    tx = optimizer.make_optimizer(c.optimizer, c.steps, state.abstract_parameters(c))
+    with jax.set_mesh(mesh):
+        before = state.real(c, tx, mesh)
+        compile_step(c, tx, mesh, before)(before, tiny.batch(c.model, LENGTHS))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+
+
+def test_logit_scale_stays_within_its_bounds() -> None:
+    c = tiny.replace(tiny.CONFIG, model__temperature=0.0100001, optimizer__peak_lr=1.0, optimizer__warmup=0.0)
+    _, params, metrics = run_step(c, (1, 1, 1), steps=6)
+    assert 0.0 <= params["logit_scale"] <= np.log(100.0) + 1e-6
+    assert all(1.0 <= m["logit_scale"] <= 100.01 for m in metrics)
+
+
+def test_moving_average_follows_the_parameters() -> None:
+    c = tiny.replace(tiny.CONFIG, optimizer__ema_decay=0.5, optimizer__peak_lr=1e-2)
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    tx = optimizer.make_optimizer(c.optimizer, c.steps, state.abstract_parameters(c))
+    with jax.set_mesh(mesh):
+        now = state.real(c, tx, mesh)
+        step = compile_step(c, tx, mesh, now)
+        expected = jax.tree.map(np.asarray, now.params)
+        for at in range(3):
+            now, _ = step(now, tiny.batch(c.model, LENGTHS, at))
+            decay = min(0.5, (1 + at) / (10 + at))
+            expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * np.asarray(p), expected, now.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), now.ema, expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_each_optimizer_lowers_the_loss(name: str) -> None:
+    c = tiny.replace(tiny.CONFIG, optimizer__name=name, steps=12)
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    tx = optimizer.make_optimizer(c.optimizer, c.steps, state.abstract_parameters(c))
+    with jax.set_mesh(mesh):
+        now = state.real(c, tx, mesh)
+        step = compile_step(c, tx, mesh, now)
+        losses = []
+        for _ in range(12):
+            now, metrics = step(now, tiny.batch(c.model, LENGTHS))
+            losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.85 * losses[0], losses
