@@ -3,13 +3,15 @@
     python -m coca_jax.main --config=configs/emoji.py --workdir=runs/emoji
 """
 
-import ml_collections
+import pathlib
+import runpy
 
-from configs import quickstart
+import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    c = quickstart.get_config()
+    # By path: a recipe is a file that is run, from whatever folder.
+    c = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart.py")))["get_config"]()
     c.steps, c.log_every = 3400, 50
     c.evaluate.update(every=850, best="seen/image_to_text/r1")
     c.checkpoint.every = 850

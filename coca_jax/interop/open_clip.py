@@ -13,6 +13,7 @@ v vocabulary, e the contrastive space, y x c rows, columns and channels of a pat
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -216,7 +217,8 @@ def export_parameters(params: Mapping[str, Any], model: config.Model) -> dict[st
     return tensors
 
 
-def _shapes(model: config.Model) -> dict[str, Shape]:
+@functools.lru_cache(maxsize=8)  # it traces the model
+def _shapes(model: config.Model) -> Mapping[str, Shape]:
     """Our parameters' shapes by path."""
     _check_expressible(model)
     abstract = state.abstract_parameters(config.Config(model=model))

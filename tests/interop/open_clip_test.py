@@ -58,32 +58,52 @@ def recorded(name: str) -> Recorded:
     )
 
 
+class Ours(NamedTuple):
+    output: Output
+    text_tokens: jax.Array  # of the unimodal half, before any norm
+    metrics: dict[str, Any]
+    gradients: dict[str, Any]
+
+
 @functools.cache
-def ours(name: str) -> tuple[Output, jax.Array, dict[str, Any], dict[str, Any]]:
-    """The same with our model and our losses: outputs, the text's hidden states, losses and gradients."""
+def ours(name: str) -> Ours:
+    """The same from our model and our losses, compiled as one."""
     r = recorded(name)
     model = open_clip.model_config(r.config)
     # Chunks of 5 of the 12 positions: the loss as it is trained with.
     weights = config.Loss(lambda_con=1.0, lambda_cap=2.0, caption_chunk=5)
 
     def run(params: Any) -> Any:
-        def everything(m: CoCa, images: Any, tokens: Any) -> Any:
-            return m(images, tokens), m.text_decoder.encode(tokens)[0], m.head()
+        def forward(m: CoCa, images: Any, tokens: Any) -> tuple[Output, Any]:
+            return m(images, tokens), m.head()
 
-        variables = {"params": params}
-        output, text_hidden, head = CoCa(model).apply(variables, r.images, r.tokens, method=everything)
+        (output, head), captured = CoCa(model).apply(
+            {"params": params},
+            r.images,
+            r.tokens,
+            method=forward,
+            capture_intermediates=lambda module, method: method == "encode",
+            mutable=["intermediates"],
+        )
+        ((text_tokens, _),) = captured["intermediates"]["text_decoder"]["encode"]
         loss, metrics = losses.total(output, head, jnp.asarray(r.tokens), weights, pad_id=model.text.pad_id)
-        return loss, (output, text_hidden, metrics)
+        return loss, (output, text_tokens, metrics)
 
     params = open_clip.import_parameters(r.tensors, model)
-    (_, results), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
-    return *results, gradients
+    # Level 0 compiles in two thirds of the time and runs as quickly at this size.
+    step = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options={"xla_backend_optimization_level": 0})
+    (_, (output, text_tokens, metrics)), gradients = step(params)
+    return Ours(output, text_tokens, metrics, gradients)
 
 
 def difference(x: Any, reference: np.ndarray) -> float:
     x = np.asarray(x)
     assert x.shape == reference.shape
     return float(np.abs(x - reference).max() / np.abs(reference).max())
+
+
+def _replace(model: config.Model, group: str, **changes: Any) -> config.Model:
+    return dataclasses.replace(model, **{group: dataclasses.replace(getattr(model, group), **changes)})
 
 
 both = pytest.mark.parametrize("name", ["a", "b"])
@@ -95,21 +115,20 @@ both = pytest.mark.parametrize("name", ["a", "b"])
 
 @both
 def test_outputs(name: str) -> None:
-    r = recorded(name)
-    output, text_hidden, _, _ = ours(name)
+    r, o = recorded(name), ours(name)
     real = r.tokens != 0
     assert 0 < real.mean() < 1  # there is padding, whose outputs open_clip's versions disagree about
-    assert difference(output.image_features, r.outputs["image_features"]) < TOLERANCE
-    assert difference(output.text_features, r.outputs["text_features"]) < TOLERANCE
-    assert difference(output.image_tokens, r.outputs["image_tokens"]) < TOLERANCE
-    assert difference(np.asarray(text_hidden)[real], r.outputs["text_tokens"][real]) < TOLERANCE
-    assert difference(np.asarray(output.logits)[real], r.outputs["logits"][real]) < TOLERANCE
+    assert difference(o.output.image_features, r.outputs["image_features"]) < TOLERANCE
+    assert difference(o.output.text_features, r.outputs["text_features"]) < TOLERANCE
+    assert difference(o.output.image_tokens, r.outputs["image_tokens"]) < TOLERANCE
+    assert difference(np.asarray(o.text_tokens)[real], r.outputs["text_tokens"][real]) < TOLERANCE
+    assert difference(np.asarray(o.output.logits)[real], r.outputs["logits"][real]) < TOLERANCE
 
 
 @both
 def test_losses(name: str) -> None:
     r = recorded(name)
-    metrics = ours(name)[2]
+    metrics = ours(name).metrics
     assert metrics["loss/contrastive"] == pytest.approx(r.outputs["contrastive_loss_weighted"].item(), rel=TOLERANCE)
     assert 2 * metrics["loss/captioning"] == pytest.approx(r.outputs["caption_loss_weighted"].item(), rel=TOLERANCE)
 
@@ -117,42 +136,38 @@ def test_losses(name: str) -> None:
 @both
 def test_gradient_of_every_parameter(name: str) -> None:
     r = recorded(name)
-    gradients = open_clip.export_parameters(ours(name)[3], open_clip.model_config(r.config))
+    gradients = open_clip.export_parameters(ours(name).gradients, open_clip.model_config(r.config))
     assert gradients.keys() == r.gradients.keys() == r.tensors.keys()
     assert all(np.abs(g).max() > 0 for g in r.gradients.values())
     differences = {key: difference(gradients[key], r.gradients[key]) for key in gradients}
     assert {key: d for key, d in differences.items() if not d < TOLERANCE} == {}
 
 
-# Of the fixed choices, those that leave the parameters as they are: parity would not hold with another, so that each of
-# them is held by the recorded numbers. gelu=tanh is the closest, at about 1e-4 in the logits.
+# What the shapes of the parameters do not tell: with another choice there is no parity, so that the recorded numbers
+# hold each of them.
 @pytest.mark.parametrize(
-    "change",
+    ("feature", "change"),
     [
-        pytest.param(lambda m: dataclasses.replace(m, norm_eps=1e-3), id="norm_eps"),
-        pytest.param(lambda m: dataclasses.replace(m, gelu="tanh"), id="gelu"),
-        pytest.param(lambda m: _text(m, cls_mask="full"), id="cls_mask"),
-        pytest.param(lambda m: _text(m, heads=8), id="text.heads"),
-        pytest.param(lambda m: dataclasses.replace(m, image=dataclasses.replace(m.image, heads=6)), id="image.heads"),
-        pytest.param(lambda m: dataclasses.replace(m, pooler=config.Pooler("single", 7, 2)), id="pooler.heads"),
+        pytest.param("text", lambda m: dataclasses.replace(m, norm_eps=1e-3), id="norm_eps"),
+        pytest.param("text", lambda m: dataclasses.replace(m, gelu="tanh"), id="gelu"),  # 2.5e-4 away
+        pytest.param("text", lambda m: _replace(m, "text", cls_mask="full"), id="cls_mask"),
+        pytest.param("text", lambda m: _replace(m, "text", heads=8), id="text.heads"),
+        pytest.param("image", lambda m: _replace(m, "image", heads=6), id="image.heads"),
+        pytest.param("image", lambda m: _replace(m, "pooler", heads=2), id="pooler.heads"),
     ],
 )
-def test_another_choice_gives_other_numbers(change: Callable[[config.Model], config.Model]) -> None:
+def test_another_choice_gives_other_numbers(feature: str, change: Callable[[config.Model], config.Model]) -> None:
     r = recorded("a")
     model = open_clip.model_config(r.config)
     flat = traverse_util.flatten_dict(open_clip.import_parameters(r.tensors, model), sep="/")
     other = change(model)
     shapes = traverse_util.flatten_dict(state.abstract_parameters(config.Config(model=other)), sep="/")
-    # Heads are another cut of the same tensor.
+    # Other heads are another cut of the same tensor.
     params = traverse_util.unflatten_dict({path: x.reshape(shapes[path].shape) for path, x in flat.items()}, sep="/")
-    output: Any = CoCa(other).apply({"params": params}, r.images, r.tokens)
-    real = r.tokens != 0
-    worst = max(
-        difference(output.image_features, r.outputs["image_features"]),
-        difference(output.text_features, r.outputs["text_features"]),
-        difference(np.asarray(output.logits)[real], r.outputs["logits"][real]),
-    )
-    assert worst > TOLERANCE
+    encode = functools.partial(CoCa(other).apply, method=f"encode_{feature}")
+    output: Any = jax.jit(encode)({"params": params}, {"image": r.images, "text": r.tokens}[feature])
+    key = f"{feature}_features"
+    assert difference(getattr(output, key), r.outputs[key]) > TOLERANCE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,10 +274,6 @@ def test_export_lists_every_parameter_that_does_not_fit() -> None:
     ]
 
 
-def _text(model: config.Model, **changes: Any) -> config.Model:
-    return dataclasses.replace(model, text=dataclasses.replace(model.text, **changes))
-
-
 def test_export_lists_everything_that_open_clip_cannot_be() -> None:
     """The paper's model, and with it the rest of what can be chosen differently."""
     image = config.ImageEncoder(position="sincos")
@@ -293,8 +304,7 @@ def test_export_lists_everything_that_open_clip_cannot_be() -> None:
 
 @pytest.mark.parametrize("kind", ["parallel", "cascade"])
 def test_two_poolers_are_refused(kind: str) -> None:
-    model = open_clip.model_config(recorded("a").config)
-    model = dataclasses.replace(model, pooler=dataclasses.replace(model.pooler, kind=kind))
+    model = _replace(open_clip.model_config(recorded("a").config), "pooler", kind=kind)
     with pytest.raises(open_clip.ConversionError, match=rf"pooler.kind='{kind}': open_clip has 'single'$"):
         open_clip.tensor_shapes(model)
 
