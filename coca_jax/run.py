@@ -89,7 +89,7 @@ def _run(c: config.Config, workdir: epath.Path, evaluate_only: bool, started: fl
         results = evaluator.results or evaluator.of(state)
     if jax.process_index() == 0:
         seconds = time.monotonic() - started
-        report.write(workdir, c, results, parameters=parameters, seconds=seconds, attribution=_attribution(source))
+        report.write(workdir, c, results, parameters=parameters, seconds=seconds, attribution=source.attribution)
         for name in sorted(results.metrics):
             logging.info("%s %.4g", name, results.metrics[name])
         print(f"report: {page}")
@@ -174,10 +174,6 @@ def _tokenizer(c: config.Config, source: sources.Source) -> Tokenizer:
             f"config.data.tokenizer is empty and {c.data.train!r} brings none: set it to a SentencePiece model file"
         )
     return Tokenizer(path)
-
-
-def _attribution(source: sources.Source) -> str:
-    return getattr(source, "attribution", "")
 
 
 def _quiet() -> None:

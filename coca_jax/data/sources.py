@@ -27,10 +27,12 @@ class Source(Protocol):
     Attributes:
       name: the specification it was opened by.
       tokenizer_path: a SentencePiece model that comes with the data; None where there is none.
+      attribution: authors and licences of the pictures, for whoever shows them; empty where unknown.
     """
 
     name: str
     tokenizer_path: epath.Path | None
+    attribution: str
 
     def __len__(self) -> int: ...
 
@@ -58,6 +60,7 @@ class ArrayRecords:
       name: for messages.
       files: paths, or (path, start, stop) for a part of a file.
       tokenizer_path: see Source.
+      attribution: see Source.
       version: goes into the fingerprint, e.g. checksums; sizes and names of the files always do.
     """
 
@@ -66,10 +69,12 @@ class ArrayRecords:
         name: str,
         files: Sequence[str | tuple[str, int, int]],
         tokenizer_path: epath.Path | None = None,
+        attribution: str = "",
         version: str = "",
     ):
         self.name = name
         self.tokenizer_path = tokenizer_path
+        self.attribution = attribution
         parts = [
             file if isinstance(file, str) else _Part(file[0], file[1], file[2] - file[1], file[2]) for file in files
         ]
@@ -116,6 +121,7 @@ def _open_emoji(location: str) -> Source:
         f"emoji:{location}",
         [(file, part["start"], part["stop"])],
         folder / emoji.TOKENIZER,
+        manifest["attribution"],
         manifest["files"][part["file"]]["sha256"],
     )
 

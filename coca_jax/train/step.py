@@ -59,8 +59,8 @@ def train_step(
         decay = jnp.minimum(c.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
     metrics |= {
-        "gradient_norm": optax.global_norm(gradients),
-        "update_norm": optax.global_norm(updates),
+        "gradient_norm": optax.tree.norm(gradients),
+        "update_norm": optax.tree.norm(updates),
         "learning_rate": jnp.asarray(schedule(c.optimizer, c.steps)(state.step), jnp.float32),
     }
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics

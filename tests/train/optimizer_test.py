@@ -108,7 +108,7 @@ def test_gradients_are_clipped_to_the_global_norm() -> None:
     huge = jax.tree.map(lambda x: 1e3 * x, params)
     state_after = tx.update(huge, tx.init(params), params)[1]
     moments = [s for s in jax.tree.leaves(state_after, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu")][0].mu
-    np.testing.assert_allclose(optax.global_norm(moments), 0.1, rtol=1e-4)  # (1 - b1) * the clipped gradient
+    np.testing.assert_allclose(optax.tree.norm(moments), 0.1, rtol=1e-4)  # (1 - b1) * the clipped gradient
 
 
 def test_muon_knows_the_matrices() -> None:

@@ -1,0 +1,126 @@
+"""One whole run through every room, and what can be done with its workdir."""
+
+from __future__ import annotations
+
+import pathlib
+import runpy
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import coca_jax
+from coca_jax import run
+from coca_jax.config import ConfigError
+from coca_jax.train.checkpoint import CheckpointError
+from coca_jax.train.metrics import read_lines
+from tests import pairs
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    source, tokenizer = pairs.write(tmp_path_factory.mktemp("pairs"))
+    c = runpy.run_path("tests/tiny_recipe.py")["get_config"]()
+    c.steps = 6
+    c.checkpoint.every = 2
+    c.data.train, c.data.tokenizer = source, str(tokenizer)
+    c.evaluate.splits, c.evaluate.zero_shot = (source,), source
+    c.evaluate.update(every=3, best="shapes/image_to_text/r1")
+    return c
+
+
+@pytest.fixture(scope="module")
+def workdir(recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("run")
+    assert run.run(recipe, str(folder)) == 0
+    return folder
+
+
+def test_a_run_leaves_metrics_checkpoints_and_a_report(workdir: pathlib.Path) -> None:
+    lines = read_lines(workdir / "metrics.jsonl")
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert list(losses) == [1, 2, 3, 4, 5, 6] and all(np.isfinite(list(losses.values())))
+    evaluated = [line for line in lines if "shapes/image_to_text/r1" in line]
+    assert [line["step"] for line in evaluated] == [3, 6]
+    wanted = ("text_to_image/median_rank", "chance/r1", "pixel/image_to_text/r1", "caption_loss", "perplexity")
+    assert all(f"shapes/{name}" in evaluated[-1] for name in wanted)
+    assert "zero_shot/top1" in evaluated[-1]
+    assert list((workdir / "tensorboard").glob("events*"))
+    steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert steps[-2:] == [4, 6] and len(steps) <= 3  # two newest, and the best
+    page = (workdir / "report.html").read_text()
+    assert "a red dot" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_started_again_it_says_that_it_is_complete(
+    recipe: Any, workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert run.run(recipe, str(workdir)) == 0
+    assert "complete" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_in_a_used_workdir_is_refused(recipe: Any, workdir: pathlib.Path) -> None:
+    other = recipe.copy_and_resolve_references()
+    other.optimizer.peak_lr = 1.0
+    said = str(run.run(other, str(workdir)))
+    assert "config.optimizer.peak_lr=1.0" in said and "0.003" in said and "--workdir" in said
+    assert "\n" not in said
+
+
+def test_a_loaded_model_encodes_and_captions(workdir: pathlib.Path) -> None:
+    coca = coca_jax.load(workdir)
+    pictures = [pairs.picture(*e) for e in pairs.examples()[:3]]
+    images, texts = coca.encode_image(pictures), coca.encode_text(["a red dot", "a blue cross"])
+    assert images.shape == (3, 8) and texts.shape == (2, 8) and coca.step == 6
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1.0, rtol=1e-5)
+    captions = coca.caption(pictures)
+    assert len(captions) == 3 and all(isinstance(c, str) for c in captions)
+    # However many come together, each gets what it gets alone.
+    np.testing.assert_allclose(coca.encode_image(pictures[1]), images[1:2], atol=1e-5)
+    np.testing.assert_allclose(coca.encode_image(pictures, batch_size=2), images, atol=1e-5)
+    assert coca.encode_text("a red dot").shape == (1, 8)
+    # The moving average is what was evaluated, so it is what is loaded.
+    assert not jax.tree.all(
+        jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), coca.params, coca_jax.load(workdir, step=4).params)
+    )
+
+
+def test_a_model_loads_at_another_resolution(workdir: pathlib.Path) -> None:
+    coca = coca_jax.load(workdir, image_size=32)
+    assert coca.params["image_encoder"]["position_embedding"].shape == (16, 16)
+    assert np.isfinite(coca.encode_image(pairs.picture("red", "dot"))).all()
+    with pytest.raises(ConfigError, match="not divisible"):
+        coca_jax.load(workdir, image_size=30)
+
+
+def test_what_cannot_be_loaded_says_why(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(CheckpointError, match="no config.json"):
+        coca_jax.load(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 77"):
+        coca_jax.load(workdir, step=77)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        coca_jax.load(tmp_path)
+
+
+def test_evaluation_alone_gives_the_same_figures(recipe: Any, workdir: pathlib.Path) -> None:
+    from coca_jax.config import from_config_dict
+
+    last = [line for line in read_lines(workdir / "metrics.jsonl") if "zero_shot/top1" in line][-1]
+    (workdir / "report.html").unlink()
+    assert run.run(recipe, str(workdir), evaluate_only=True) == 0
+    assert (workdir / "report.html").exists()
+    assert last["step"] == from_config_dict(recipe).steps
+
+
+def test_a_captioner_has_no_contrastive_half(recipe: Any, tmp_path: pathlib.Path) -> None:
+    c = recipe.copy_and_resolve_references()
+    c.steps, c.loss.lambda_con, c.evaluate.every, c.evaluate.best = 1, 0.0, 0, ""
+    assert run.run(c, str(tmp_path / "run")) == 0
+    coca = coca_jax.load(tmp_path / "run")
+    assert len(coca.caption(pairs.picture("red", "dot"))) == 1
+    with pytest.raises(ValueError, match="lambda_con=0"):
+        coca.encode_text("a red dot")
