@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -199,15 +200,30 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+def check_key(path: str) -> None:
+    """Raises ConfigError, naming its neighbours, where a dotted path such as `model.image.width` is not a key."""
+    group: Any = Config
+    done = ""
+    for name in path.split("."):
+        hints = typing.get_type_hints(group) if dataclasses.is_dataclass(group) else {}
+        if not hints:
+            raise ConfigError(f"config.{path} is not a key: config.{done.rstrip('.')} holds a value, not keys")
+        _known(name, hints, done)
+        group, done = hints[name], f"{done}{name}."
+
+
+def _known(key: str, hints: Mapping[str, Any], path: str) -> None:
+    if key not in hints:
+        near = difflib.get_close_matches(str(key), hints, n=3, cutoff=0.4) or sorted(hints)
+        raise ConfigError(f"config.{path}{key} is not a key; near it: {', '.join(f'config.{path}{k}' for k in near)}")
+
+
 def _freeze(cls: type, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"config.{path.rstrip('.')}={values!r} is not a group of keys")
     hints = typing.get_type_hints(cls)
-    unknown = [key for key in values if key not in hints]
-    if unknown:
-        key = unknown[0]
-        near = difflib.get_close_matches(str(key), hints, n=3, cutoff=0.4) or sorted(hints)
-        raise ConfigError(f"config.{path}{key} is not a key; near it: {', '.join(f'config.{path}{k}' for k in near)}")
+    for key in values:
+        _known(key, hints, path)
     return cls(**{key: _coerce(hints[key], value, f"{path}{key}") for key, value in values.items()})
 
 
@@ -249,19 +265,24 @@ _CHOICES = {
     "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"),
 }
 _POSITIVE = (
-    "steps batch_size log_every model.embed_dim model.image.size model.image.patch model.image.width model.image.depth "
-    "model.image.heads model.image.mlp_dim model.pooler.queries model.pooler.heads model.text.vocab_size "
-    "model.text.length model.text.width model.text.heads model.text.mlp_dim model.text.n_uni model.temperature "
-    "model.norm_eps optimizer.peak_lr data.prefetch evaluate.batch_size checkpoint.every checkpoint.keep"
-).split()
+    *("steps", "batch_size", "log_every", "model.embed_dim", "model.temperature", "model.norm_eps"),
+    *("model.image.size", "model.image.patch", "model.image.width", "model.image.depth"),
+    *("model.image.heads", "model.image.mlp_dim", "model.pooler.queries", "model.pooler.heads"),
+    *("model.text.vocab_size", "model.text.length", "model.text.width", "model.text.heads"),
+    *("model.text.mlp_dim", "model.text.n_uni", "optimizer.peak_lr", "data.prefetch"),
+    *("evaluate.batch_size", "checkpoint.every", "checkpoint.keep"),
+)
 _NOT_NEGATIVE = (
-    "model.text.n_multi model.image.scan_unroll model.text.scan_unroll model.text.pad_id loss.lambda_con "
-    "loss.lambda_cap loss.caption_chunk optimizer.weight_decay optimizer.clip_norm optimizer.eps data.workers "
-    "data.threads data.color_jitter data.hue_jitter data.rotate evaluate.every evaluate.captions checkpoint.keep_best"
-).split()
+    *("model.text.n_multi", "model.text.pad_id", "model.image.scan_unroll", "model.text.scan_unroll"),
+    *("loss.lambda_con", "loss.lambda_cap", "loss.caption_chunk"),
+    *("optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps"),
+    *("data.workers", "data.threads", "data.color_jitter", "data.hue_jitter", "data.rotate"),
+    *("evaluate.every", "evaluate.captions", "checkpoint.keep_best"),
+)
 _SHARE = (
-    "optimizer.warmup optimizer.end_lr optimizer.b1 optimizer.b2 optimizer.ema_decay data.grayscale data.blur"
-).split()
+    *("optimizer.warmup", "optimizer.end_lr", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay"),
+    *("data.grayscale", "data.blur"),
+)
 
 
 def get(config: Config, path: str) -> Any:
@@ -294,7 +315,9 @@ def check(config: Config, device_count: int | None = None) -> None:
     check_model(config.model)
     loss, data = config.loss, config.data
     if loss.lambda_con == 0 and loss.lambda_cap == 0:
-        raise ConfigError("config.loss.lambda_con=0 and config.loss.lambda_cap=0 leave nothing to train: set one above 0")
+        raise ConfigError(
+            "config.loss.lambda_con=0 and config.loss.lambda_cap=0 leave nothing to train: set one above 0"
+        )
     if loss.lambda_cap > 0 and config.model.text.n_multi == 0:
         raise ConfigError(
             "config.model.text.n_multi=0 has no decoder for captions, but "
@@ -305,6 +328,20 @@ def check(config: Config, device_count: int | None = None) -> None:
         if not 0 < low <= high or (name == "crop_area" and high > 1):
             limit = " <= 1" if name == "crop_area" else ""
             raise ConfigError(f"config.data.{name}=({low}, {high}) must be (low, high) with 0 < low <= high{limit}")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"config.seed={config.seed} must lie in 0..{2**32 - 1}")
+    if not all(0 <= value <= 255 for value in data.background):
+        raise ConfigError(f"config.data.background={data.background} must be three numbers in 0..255: red, green, blue")
+    for key, pattern in (
+        ("decay_mask", config.optimizer.decay_mask),
+        *(("freeze", pattern) for pattern in config.optimizer.freeze),
+    ):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"config.optimizer.{key}: {pattern!r} is not a regular expression ({error}); an example: '.*/kernel$'"
+            ) from error
     if min(data.std) <= 0:
         raise ConfigError(f"config.data.std={data.std} must be more than 0 in every channel")
     if device_count is not None:
@@ -319,8 +356,8 @@ def check(config: Config, device_count: int | None = None) -> None:
         for key in ("model.image.heads", "model.text.heads", "model.pooler.heads"):
             if get(config, key) % sizes[2]:
                 raise ConfigError(
-                    f"config.{key}={get(config, key)} is not divisible by config.mesh.tensor={sizes[2]}: "
-                    "heads are split over it"
+                    f"config.{key}={get(config, key)} is not divisible by config.mesh.tensor={sizes[2]}, over which heads "
+                    f"are split; it may be {_divisors(get(config, key))}"
                 )
 
 
@@ -339,11 +376,11 @@ def check_model(model: Model) -> None:
         ("model.pooler.heads", model.pooler.heads, "model.text.width", text.width),
     ):
         if width % heads:
-            fits = [h for h in range(1, width + 1) if width % h == 0]
-            near = sorted(sorted(fits, key=lambda h, wanted=heads: abs(h - wanted))[:3])
+            distance = {h: abs(h - heads) for h in range(1, width + 1) if width % h == 0}
+            fits = sorted(sorted(distance, key=distance.__getitem__)[:3])
             raise ConfigError(
                 f"config.{heads_key}={heads} does not divide config.{width_key}={width}; near it: "
-                + ", ".join(map(str, near))
+                + ", ".join(map(str, fits))
             )
     if image.position == "sincos" and image.width % 4:
         raise ConfigError(f"config.model.image.width={image.width} must be a multiple of 4 for position=sincos")
@@ -356,10 +393,15 @@ def check_model(model: Model) -> None:
         )
     if text.pad_id >= text.vocab_size:
         raise ConfigError(
-            f"config.model.text.pad_id={text.pad_id} lies outside config.model.text.vocab_size={text.vocab_size}"
+            f"config.model.text.pad_id={text.pad_id} lies outside config.model.text.vocab_size={text.vocab_size}: "
+            f"set it to 0..{text.vocab_size - 1}"
         )
     if text.length < 3:
         raise ConfigError(f"config.model.text.length={text.length} must hold bos, a token and eos: 3 or more")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
 def mesh_shape(mesh: Mesh, device_count: int) -> tuple[int, int, int]:
@@ -373,7 +415,10 @@ def mesh_shape(mesh: Mesh, device_count: int) -> tuple[int, int, int]:
         known *= value if value != -1 else 1
     if -1 in sizes.values():
         if device_count % known:
-            raise ConfigError(f"config.mesh({text}): {known} does not divide the {device_count} devices")
+            raise ConfigError(
+                f"config.mesh({text}): {known} does not divide the {device_count} devices; what does: "
+                f"{_divisors(device_count)}"
+            )
         sizes = {k: device_count // known if v == -1 else v for k, v in sizes.items()}
     elif known != device_count:
         raise ConfigError(

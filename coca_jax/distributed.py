@@ -11,8 +11,8 @@ from absl import logging
 def initialize() -> None:
     """`jax.distributed.initialize` where the environment says that this is one process of several; else nothing.
 
-    Recognised: a TPU pod slice (`TPU_WORKER_HOSTNAMES` with several hosts, or Megascale), Slurm (`SLURM_NTASKS` above 1),
-    Open MPI, and `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+    Recognised: a TPU pod slice (`TPU_WORKER_HOSTNAMES` with several hosts, or Megascale), Slurm (`SLURM_NTASKS` above
+    1), Open MPI, and `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
     """
     environment = os.environ
     if "JAX_COORDINATOR_ADDRESS" in environment:

@@ -23,7 +23,9 @@ Metrics = dict[str, Any]
 def contrastive(
     image_features: Float[Array, "b e"], text_features: Float[Array, "b e"], logit_scale: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Softmax contrastive loss over the global batch, the mean of both directions (CoCa equation 1; Radford et al. 2021).
+    """Softmax contrastive loss over the global batch, the mean of both directions.
+
+    CoCa equation 1; Radford et al. 2021.
 
     Args:
       image_features, text_features: unit length; row i of one belongs to row i of the other.
@@ -99,8 +101,8 @@ def captioning(
 ) -> Float[Array, ""]:
     """Next-token cross-entropy in nats, the mean over the global batch's real tokens (CoCa equation 2).
 
-    The sum and the count are taken over the whole batch before they are divided: a device whose captions are short weighs
-    less, as it must.
+    The sum and the count are taken over the whole batch before they are divided: a device whose captions are short
+    weighs less, as it must.
     """
     labels, weights = targets(tokens, pad_id)
     losses = token_losses(hidden, head, labels, chunk)
@@ -119,12 +121,16 @@ def total(
       loss: weights and chunk size.
       pad_id: of padding.
     """
-    value, metrics = jnp.zeros((), jnp.float32), {}
+    value = jnp.zeros((), jnp.float32)
+    metrics: Metrics = {}
     if loss.lambda_con:
+        assert output.image_features is not None and output.text_features is not None
+        assert output.logit_scale is not None
         part, metrics = contrastive(output.image_features, output.text_features, output.logit_scale)
         value = value + loss.lambda_con * part
         metrics |= {"loss/contrastive": part, "logit_scale": output.logit_scale}
     if loss.lambda_cap:
+        assert output.hidden is not None and head is not None
         part = captioning(output.hidden, head, tokens, pad_id=pad_id, chunk=loss.caption_chunk)
         value = value + loss.lambda_cap * part
         metrics["loss/captioning"] = part

@@ -115,9 +115,9 @@ def path_of(key_path: tuple[Any, ...]) -> str:
 def tree_shardings(tree: Any, parameters: Any, mesh: Mesh) -> Any:
     """NamedShardings for any tree that holds parameters, or arrays derived from parameters (optimiser state, EMA).
 
-    A leaf whose path ends in a parameter's path is placed like that parameter. One that has lost axes of it (Adafactor's
-    row and column statistics) keeps the placement of the axes that it still has, found by their sizes. Everything else
-    (counters, keys) is replicated.
+    A leaf whose path ends in a parameter's path is placed like that parameter. One that has lost axes of it
+    (Adafactor's row and column statistics) keeps the placement of the axes that it still has, found by their sizes.
+    Everything else (counters, keys) is replicated.
 
     Args:
       tree: arrays or jax.ShapeDtypeStructs.

@@ -4,9 +4,10 @@
         --config.data.train='array_record:gs://BUCKET/pairs/train-*.array_record' \\
         --config.data.tokenizer=gs://BUCKET/pairs/tokenizer.model
 
-The paper's recipe: batch 65,536, 500k steps, Adafactor with momentum 0.9 and second-moment decay 0.999, decoupled weight
-decay 0.01, peak learning rate 8e-4 after 2% of linear warm-up, linear decay, 288 px, 64 tokens of a 64k vocabulary. A
-smaller machine: --config.batch_size=4096 --config.steps=... (the learning rate is the paper's for its batch).
+The paper's recipe: batch 65,536, 500k steps, Adafactor with momentum 0.9 and second-moment decay 0.999, decoupled
+weight decay 0.01, peak learning rate 8e-4 after 2% of linear warm-up, linear decay, 288 px, 64 tokens of a 64k
+vocabulary. A smaller machine: --config.batch_size=4096 --config.steps=... (the learning rate is the paper's for its
+batch).
 """
 
 import ml_collections

@@ -1,6 +1,8 @@
-"""The whole loop in under a minute on a laptop: data, steps, evaluation, checkpoints, report. It learns next to nothing.
+"""The whole loop in under a minute on a laptop: data, steps, evaluation, checkpoints, report.
 
     python -m coca_jax.main --config=configs/debug.py --workdir=/tmp/coca_debug
+
+It learns next to nothing.
 """
 
 import ml_collections

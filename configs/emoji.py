@@ -1,6 +1,8 @@
-"""The quickstart's model trained for about an hour on two CPU cores, or minutes on a GPU.
+"""The quickstart's model, trained for longer.
 
     python -m coca_jax.main --config=configs/emoji.py --workdir=runs/emoji
+
+It takes about an hour on two CPU cores, or minutes on a GPU.
 """
 
 import pathlib

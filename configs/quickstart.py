@@ -2,7 +2,8 @@
 
     python -m coca_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-It trains on the drawings of two designers and is tested on a third's. configs/emoji.py is the same model trained for longer.
+It trains on the drawings of two designers and is tested on a third's. configs/emoji.py is the same model trained for
+longer.
 """
 
 import ml_collections
@@ -14,8 +15,8 @@ def get_config() -> ml_collections.ConfigDict:
     c = default()
     c.steps, c.batch_size, c.log_every = 600, 128, 10
     c.model.update(embed_dim=128, dtype="float32")
-    # 36 patches; wide enough for a CPU's matrix units, few enough layers for its minutes. Layers are unrolled: a CPU gains
-    # more from that than it pays in compilation.
+    # 36 patches; wide enough for a CPU's matrix units, few enough layers for its minutes. Layers are unrolled: a CPU
+    # gains more from that than it pays in compilation.
     c.model.image.update(size=48, patch=8, width=128, depth=4, heads=4, mlp_dim=256, scan_unroll=0)
     # The set's vocabulary has 1,675 pieces; its longest captions have 22 tokens, 99% have 20 or fewer.
     c.model.text.update(vocab_size=1675, length=20, width=128, heads=4, mlp_dim=256, n_uni=1, n_multi=1, scan_unroll=0)

@@ -79,9 +79,7 @@ def test_contrastive_equals_the_definition() -> None:
     value, metrics = losses.contrastive(image.astype(np.float32), text.astype(np.float32), jnp.float32(7))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     hits = (scores.argmax(axis=1) == np.arange(6)).mean(), (scores.argmax(axis=0) == np.arange(6)).mean()
-    np.testing.assert_allclose(
-        (metrics["accuracy/image_to_text"], metrics["accuracy/text_to_image"]), hits, rtol=1e-6
-    )
+    np.testing.assert_allclose((metrics["accuracy/image_to_text"], metrics["accuracy/text_to_image"]), hits, rtol=1e-6)
 
 
 def test_accuracy_counts_both_of_two_equal_rows() -> None:

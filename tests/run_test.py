@@ -97,7 +97,7 @@ def test_a_model_loads_at_another_resolution(workdir: pathlib.Path) -> None:
 
 
 def test_what_cannot_be_loaded_says_why(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         coca_jax.load(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint of step 77"):
         coca_jax.load(workdir, step=77)

@@ -12,7 +12,9 @@ from tests import tiny
 
 def test_every_parameter_of_every_architecture_has_a_place() -> None:
     for kind in ("parallel", "cascade", "single"):
-        c = tiny.replace(tiny.CONFIG, model__pooler__kind=kind, model__text__cross_mlp=True, model__image__pre_norm=True)
+        c = tiny.replace(
+            tiny.CONFIG, model__pooler__kind=kind, model__text__cross_mlp=True, model__image__pre_norm=True
+        )
         c = tiny.replace(c, model__text__cross_kv_norm=True, model__image__class_token=True)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.abstract_parameters(c)):
             sharding.spec(*sharding.parameter_axes(sharding.path_of(path), leaf.ndim))
@@ -50,9 +52,7 @@ def check_placement() -> None:
     tx = optimizer.make_optimizer(c.optimizer, c.steps, state.abstract_parameters(c))
     with jax.set_mesh(mesh):
         real = state.real(c, tx, mesh)
-    specs = {
-        sharding.path_of(path): leaf.sharding.spec for path, leaf in jax.tree_util.tree_leaves_with_path(real)
-    }
+    specs = {sharding.path_of(path): leaf.sharding.spec for path, leaf in jax.tree_util.tree_leaves_with_path(real)}
     query = "image_encoder/blocks/attention/query/kernel"
     assert specs[f"params/{query}"] == P(None, "fsdp", "tensor", None)
     assert specs[f"ema/{query}"] == specs[f"params/{query}"]

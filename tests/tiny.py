@@ -13,9 +13,7 @@ from coca_jax.model.coca import CoCa
 
 IMAGE = config.ImageEncoder(size=16, patch=4, width=16, depth=2, heads=2, mlp_dim=32)
 TEXT = config.TextDecoder(vocab_size=40, length=9, width=16, heads=2, mlp_dim=32, n_uni=2, n_multi=2)
-MODEL = config.Model(
-    embed_dim=8, image=IMAGE, pooler=config.Pooler(queries=4, heads=2), text=TEXT, dtype="float32"
-)
+MODEL = config.Model(embed_dim=8, image=IMAGE, pooler=config.Pooler(queries=4, heads=2), text=TEXT, dtype="float32")
 CONFIG = config.Config(
     seed=1,
     steps=20,

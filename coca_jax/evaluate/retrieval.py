@@ -193,7 +193,9 @@ def _ranks(
         best = np.full(b - a, -np.inf)
         with np.errstate(invalid="ignore"):  # a model that diverged is measured, not reported by a warning
             block = scores(a, b)
-            np.maximum.at(best, row, block[row, column])
+            right = block[row, column]
+            # Infinity for NaN: both make the query a miss, and maximum.at warns of NaN in spite of errstate.
+            np.maximum.at(best, row, np.where(np.isnan(right), np.inf, right))
             ahead = ~(block < (best - _TIE)[:, None])  # "not below", so that a NaN counts against
         ahead[row, column] = False
         result[a:b] = np.where(np.isfinite(best), 1 + ahead.sum(1), candidates + 1)

@@ -5,6 +5,7 @@ Axes: b batch, n patch tokens, q pooled image tokens, t text tokens, d width, e 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -83,9 +84,10 @@ class CoCa(nn.Module):
           images: normalised, `[b, size, size, 3]`.
           tokens: ids `[b, t]`, padded behind, t up to `text.length`.
         """
-        captioning = self.config.text.n_multi > 0
-        output = self.forward(images, tokens, captioning=captioning)
-        return output.replace(logits=self.text_decoder.logits(output.hidden)) if captioning else output
+        output = self.forward(images, tokens, captioning=self.config.text.n_multi > 0)
+        if output.hidden is None:
+            return output
+        return dataclasses.replace(output, logits=self.text_decoder.logits(output.hidden))
 
     def forward(
         self,
@@ -98,16 +100,19 @@ class CoCa(nn.Module):
         """The training pass: hidden states instead of logits, and only the halves asked for.
 
         Without captioning neither the multimodal half nor the generative pooler is computed (but for a pooler whose
-        output the contrastive feature is read from: kind=cascade and single). Without contrastive neither the contrastive
-        pooler, the [CLS] token nor the projections are.
+        output the contrastive feature is read from: kind=cascade and single). Without contrastive neither the
+        contrastive pooler, the [CLS] token nor the projections are.
         """
         image_tokens, image_features = self._pool(self.image_encoder(images), contrastive, captioning)
         text_hidden, cls = self.text_decoder.encode(tokens, cls=contrastive)
         output = Output(image_features=image_features, image_tokens=image_tokens)
         if contrastive:
-            output = output.replace(text_features=self.text_projection(cls), logit_scale=jnp.exp(self.logit_scale))
+            assert cls is not None
+            text_features, logit_scale = self.text_projection(cls), jnp.exp(self.logit_scale)
+            output = dataclasses.replace(output, text_features=text_features, logit_scale=logit_scale)
         if captioning:
-            output = output.replace(hidden=self.text_decoder.decode(text_hidden, image_tokens))
+            assert image_tokens is not None
+            output = dataclasses.replace(output, hidden=self.text_decoder.decode(text_hidden, image_tokens))
         return output
 
     def encode_image(
@@ -119,7 +124,9 @@ class CoCa(nn.Module):
 
     def encode_text(self, tokens: Int[Array, "b t"]) -> Output:
         """`text_features` of token ids."""
-        return Output(text_features=self.text_projection(self.text_decoder.encode(tokens)[1]))
+        cls = self.text_decoder.encode(tokens)[1]
+        assert cls is not None
+        return Output(text_features=self.text_projection(cls))
 
     def head(self) -> Float[Array, "d v"]:
         """Kernel of the output softmax."""
@@ -132,9 +139,7 @@ class CoCa(nn.Module):
         cache = self.text_decoder.empty_cache(tokens.shape[0], length)
         return self.text_decoder.step(tokens, cache, image_tokens)
 
-    def decode_step(
-        self, tokens: Int[Array, "b s"], cache: DecoderCache
-    ) -> tuple[Float[Array, "b s v"], DecoderCache]:
+    def decode_step(self, tokens: Int[Array, "b s"], cache: DecoderCache) -> tuple[Float[Array, "b s v"], DecoderCache]:
         """Goes on decoding: logits after the next tokens (usually one), and the cache with them in it."""
         return self.text_decoder.step(tokens, cache)
 
@@ -146,9 +151,12 @@ class CoCa(nn.Module):
         if captioning or kind != "parallel":
             image_tokens = self.generative_pooler(patch_tokens)
         if kind == "single":
+            assert image_tokens is not None
             pooled, image_tokens = image_tokens[:, :1], image_tokens[:, 1:]
         elif contrastive:
-            pooled = self.contrastive_pooler(patch_tokens if kind == "parallel" else image_tokens)
+            tokens = patch_tokens if kind == "parallel" else image_tokens
+            assert tokens is not None
+            pooled = self.contrastive_pooler(tokens)
         if contrastive:
             image_features = self.image_projection(pooled[:, 0])
         return image_tokens, image_features

@@ -5,6 +5,7 @@ Axes: b batch, s queries of an attention (tokens), m its keys, d width, h heads,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -185,6 +186,7 @@ class Block(nn.Module):
         if cache is None:
             y = self.attention(y, mask=mask, is_causal=self.causal and mask is None)
         else:
+            assert index is not None
             keys, values = self.attention.project(y)
             new = Cache(keys, values)
             seen = write(cache, new, index)
@@ -197,15 +199,16 @@ class Block(nn.Module):
                 if self.model.text.cross_kv_norm:
                     image_tokens = self.cross_kv_norm(image_tokens)
                 cross = self.cross_attention.project(image_tokens)
-                new = new and new.replace(cross_keys=cross[0], cross_values=cross[1])
+                if new is not None:
+                    new = dataclasses.replace(new, cross_keys=cross[0], cross_values=cross[1])
             else:
-                assert cache is not None
+                assert cache is not None and cache.cross_keys is not None and cache.cross_values is not None
                 cross = cache.cross_keys, cache.cross_values
             x = shard(x + self.cross_attention.attend(self.cross_norm(x), *cross), "batch", None, "width")
         return shard(x + self.mlp(self.mlp_norm(x)), "batch", None, "width"), new
 
 
-def write(cache: Cache, new: Cache, index: Int[Array, ""] | None) -> Cache:
+def write(cache: Cache, new: Cache, index: Int[Array, ""]) -> Cache:
     """The cache with new keys and values at token position `index`, and new cross keys and values if there are some.
 
     Works on one layer and on a stack.
@@ -215,9 +218,9 @@ def write(cache: Cache, new: Cache, index: Int[Array, ""] | None) -> Cache:
     def update(old: Array, part: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(old, part.astype(old.dtype), index, axis)
 
-    cache = cache.replace(keys=update(cache.keys, new.keys), values=update(cache.values, new.values))
+    cache = dataclasses.replace(cache, keys=update(cache.keys, new.keys), values=update(cache.values, new.values))
     if new.cross_keys is not None:
-        cache = cache.replace(cross_keys=new.cross_keys, cross_values=new.cross_values)
+        cache = dataclasses.replace(cache, cross_keys=new.cross_keys, cross_values=new.cross_values)
     return cache
 
 
@@ -261,7 +264,7 @@ def stack(
     return scanned(model, **block)
 
 
-def sincos(positions: Float[Array, "n"], width: int) -> Float[Array, "n d"]:
+def sincos(positions: Float[Array, " n"], width: int) -> Float[Array, "n d"]:
     """Fixed sine-cosine embedding of positions (Vaswani et al. 2017, section 3.5), sines first."""
     frequency = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
     angle = positions[:, None] * frequency[None, :]

@@ -27,9 +27,7 @@ class Pooler(nn.Module):
     def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b q d"]:
         m = self.model
         width = m.text.width
-        query = self.param(
-            "query_tokens", nn.initializers.normal(1.0), (self.queries, width), jnp.dtype(m.param_dtype)
-        )
+        query = self.param("query_tokens", nn.initializers.normal(1.0), (self.queries, width), jnp.dtype(m.param_dtype))
         query = layers.layer_norm(m, "query_norm")(query.astype(jnp.dtype(m.dtype)))
         # The queries are the same for every image: normalised once, and projected once per image by the attention.
         query = jnp.broadcast_to(query[None], (tokens.shape[0], *query.shape))

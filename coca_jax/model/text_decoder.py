@@ -44,9 +44,7 @@ class TextDecoder(nn.Module):
         small = nn.initializers.normal(0.02)
         self.cls_embedding = self.param("cls_embedding", small, (c.width,), param_dtype)
         if c.position == "learned":
-            self.position_embedding = self.param(
-                "position_embedding", small, (c.length + 1, c.width), param_dtype
-            )
+            self.position_embedding = self.param("position_embedding", small, (c.length + 1, c.width), param_dtype)
         else:
             self.position_embedding = layers.sincos(jnp.arange(c.length + 1, dtype=jnp.float32), c.width)
         self.unimodal = Half(self.model, depth=c.n_uni, cross=False)
@@ -74,7 +72,8 @@ class TextDecoder(nn.Module):
           cls: whether [CLS] is appended; without it the half costs one token less.
 
         Returns:
-          The tokens' outputs before any final norm, which the multimodal half reads, and the normalised output of [CLS].
+          The tokens' outputs before any final norm, which the multimodal half reads, and the normalised output of
+          [CLS].
 
         Raises:
           ValueError: the text is longer than the positions.
@@ -93,9 +92,7 @@ class TextDecoder(nn.Module):
         x = self.unimodal(x, mask=mask)
         return (x[:, :t], self.cls_norm(x[:, t])) if cls else (x, None)
 
-    def decode(
-        self, text_hidden: Float[Array, "b t d"], image_tokens: Float[Array, "b q d"]
-    ) -> Float[Array, "b t d"]:
+    def decode(self, text_hidden: Float[Array, "b t d"], image_tokens: Float[Array, "b q d"]) -> Float[Array, "b t d"]:
         """The multimodal half: hidden states whose product with the output head is the logits."""
         return self.final_norm(self.multimodal(text_hidden, image_tokens=image_tokens))
 
@@ -130,6 +127,7 @@ class TextDecoder(nn.Module):
 
         The image tokens are given with the first step only: their keys and values stay in the cache.
         """
+        assert cache.multimodal is not None  # n_multi=0 has nothing to decode with
         s, m = tokens.shape[1], cache.unimodal.keys.shape[2]
         position = cache.index + jnp.arange(s)
         mask = (jnp.arange(m)[None, :] <= position[:, None])[None, None]

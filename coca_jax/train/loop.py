@@ -129,8 +129,9 @@ def train(
                     settle()
                     progress.pause()
                     results = evaluate(state)
-                    writer.write(step, results)
-                keep_best = results is not None and bool(c.evaluate.best)
+                    if results:
+                        writer.write(step, results)
+                keep_best = bool(results) and bool(c.evaluate.best)
                 if last or stopping or keep_best or step % c.checkpoint.every == 0:
                     settle()  # a state whose loss is not finite is never saved
                     progress.pause()
@@ -140,6 +141,7 @@ def train(
                     raise Stopped(f"stopped at step {step} of {c.steps}, saved in {checkpoints.folder}")
             checkpoints.wait()
         finally:
+            iterator.close()  # its threads would else be torn down with the interpreter, complaining
             writer.close()
             progress.close()
     return state

@@ -66,6 +66,12 @@ def test_collapsed_and_broken_features_never_hit():
     assert broken["image_to_text"]["median_rank"] == len(text) + 1
 
 
+def test_a_right_candidate_that_is_nan_is_a_miss_without_a_warning():
+    text = np.eye(3)
+    text[2] = np.nan  # numpy 2.5 warns of it in maximum.at, and warnings are errors here
+    assert retrieval.ranks(np.eye(3)[:2], text, [[0, 2], [2]]).tolist() == [4, 4]
+
+
 def test_a_wrong_candidate_that_is_nan_counts_against():
     text = np.eye(3)
     text[2] = np.nan

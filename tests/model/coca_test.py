@@ -194,9 +194,7 @@ def test_a_half_that_is_not_asked_for_has_no_parameters_and_is_none(kind: str) -
 
 def test_no_multimodal_layers_is_a_contrastive_model() -> None:
     model = tiny.replace(tiny.MODEL, text__n_multi=0)
-    output = CoCa(model).init_with_output(
-        jax.random.key(0), tiny.images(model, 2), tiny.tokens(model, [5, 9])
-    )[0]
+    output = CoCa(model).init_with_output(jax.random.key(0), tiny.images(model, 2), tiny.tokens(model, [5, 9]))[0]
     assert output.logits is None and output.text_features.shape == (2, 8)
 
 

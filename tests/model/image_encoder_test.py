@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from tests import tiny
 
 
 def test_positions_of_the_same_grid_are_kept_to_the_bit() -> None:
-    table = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    table: Any = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
     assert resize_positions(table, 4, class_token=False) is table
 
 
@@ -52,7 +54,9 @@ def test_patches_equal_a_convolution() -> None:
     model = tiny.replace(tiny.MODEL, image__depth=1)
     params, images = tiny.parameters(model), tiny.images(model, 2)
     kernel, bias = (params["image_encoder"]["patch_embedding"][k] for k in ("kernel", "bias"))
-    convolved = jax.lax.conv_general_dilated(images, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    convolved = jax.lax.conv_general_dilated(
+        images, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     convolved = (convolved + bias[None, None, None]).reshape(2, 16, 16)
 
     def patches(coca: CoCa, images: jax.Array) -> jax.Array:

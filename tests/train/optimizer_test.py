@@ -44,7 +44,8 @@ def test_only_matrices_decay() -> None:
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
         name = path_of(path)
-        expected = -0.5 * 0.1 if name.rsplit("/", 1)[-1] in ("kernel", "embedding") else 0.0  # decoupled: times the rate
+        decays = name.rsplit("/", 1)[-1] in ("kernel", "embedding")
+        expected = -0.5 * 0.1 if decays else 0.0  # decoupled: times the rate
         np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=name)
 
 
@@ -107,7 +108,7 @@ def test_gradients_are_clipped_to_the_global_norm() -> None:
     params = _zeros()
     huge = jax.tree.map(lambda x: 1e3 * x, params)
     state_after = tx.update(huge, tx.init(params), params)[1]
-    moments = [s for s in jax.tree.leaves(state_after, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu")][0].mu
+    moments = next(s for s in jax.tree.leaves(state_after, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu")).mu
     np.testing.assert_allclose(optax.tree.norm(moments), 0.1, rtol=1e-4)  # (1 - b1) * the clipped gradient
 
 

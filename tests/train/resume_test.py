@@ -24,11 +24,15 @@ CLOCKS = ("examples_per_second", "data_wait_seconds")
 
 
 def start(folder: pathlib.Path, workdir: pathlib.Path, source: str, tokenizer: pathlib.Path) -> subprocess.Popen[str]:
-    environment = os.environ | conftest.STRICT | {
-        "PYTHONPATH": str(conftest.REPOSITORY),
-        "COCA_JAX_CACHE": str(folder / "cache"),  # one compilation for all the processes here
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
+    environment = (
+        os.environ
+        | conftest.STRICT
+        | {
+            "PYTHONPATH": str(conftest.REPOSITORY),
+            "COCA_JAX_CACHE": str(folder / "cache"),  # one compilation for all the processes here
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        }
+    )
     command = [sys.executable, "-m", "coca_jax.main", "--config=tests/tiny_recipe.py", f"--workdir={workdir}"]
     command += [f"--config.data.train={source}", f"--config.data.tokenizer={tokenizer}"]
     return subprocess.Popen(
@@ -67,7 +71,9 @@ def final_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
         step = checkpoints.latest()
     assert step == 12
     restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(workdir / "checkpoints" / "12" / "state")
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
+    }
 
 
 def test_killed_and_restarted_is_bit_identical(tmp_path: pathlib.Path) -> None:
@@ -93,9 +99,7 @@ def test_killed_and_restarted_is_bit_identical(tmp_path: pathlib.Path) -> None:
     assert one.keys() == other.keys() and any("ema" in name for name in one) and any("mu" in name for name in one)
     for name in one:
         np.testing.assert_array_equal(other[name], one[name], err_msg=name)
-    positions = [
-        json.loads((w / "checkpoints/12/data/process_0-of-1.json").read_text()) for w in (whole, broken)
-    ]
+    positions = [json.loads((w / "checkpoints/12/data/process_0-of-1.json").read_text()) for w in (whole, broken)]
     assert positions[0] == positions[1]
 
     assert "complete" in finish(start(tmp_path, broken, source, tokenizer), 0)

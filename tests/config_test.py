@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import pathlib
+import runpy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from coca_jax import config
+from coca_jax.config import Config, ConfigError
+from tests import tiny
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+# Recipe -> devices that it is meant for. A recipe that is not named here fails the test of their names.
+RECIPES = {"coca_base": 512, "coca_large": 512, "coca_giant": 2048, "debug": 1, "emoji": 1, "quickstart": 1}
+
+
+def recipe(name: str) -> Config:
+    return config.from_config_dict(runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]())
+
+
+def broken(**changes: Any) -> Callable[[], None]:
+    """Checks the small configuration with other values, on 8 devices."""
+    return lambda: config.check(tiny.replace(tiny.CONFIG, **changes), 8)
+
+
+def read(values: Any) -> Callable[[], object]:
+    return lambda: config.from_config_dict(values)
+
+
+# What cannot run, and what the message must say: the key, its value, what would work.
+BROKEN: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
+    "unknown key": (
+        read({"model": {"image": {"widht": 3}}}),
+        ("config.model.image.widht is not a key", "near it: config.model.image.width"),
+    ),
+    "unknown key like no other": (read({"zzz": 1}), ("config.zzz", "config.batch_size", "config.optimizer")),
+    "unknown path": (lambda: config.check_key("optimizer.peak_rl"), ("config.optimizer.peak_rl", "peak_lr")),
+    "path below a value": (lambda: config.check_key("steps.x"), ("config.steps.x", "config.steps holds a value")),
+    "value for a group": (read({"model": {"image": 3}}), ("config.model.image=3", "group of keys")),
+    "text for a number": (read({"steps": "many"}), ("config.steps='many'", "str, not a int")),
+    "share for a count": (read({"steps": 1.5}), ("config.steps=1.5", "float, not a int")),
+    "truth for a count": (read({"steps": True}), ("config.steps=True", "bool, not a int")),
+    "truth for a number": (read({"optimizer": {"eps": True}}), ("config.optimizer.eps=True", "bool, not a float")),
+    "number for a truth": (read({"data": {"flip": 1}}), ("config.data.flip=1", "int, not a bool")),
+    "tuple of another length": (
+        read({"data": {"std": [1, 2]}}),
+        ("config.data.std=[1, 2]", "tuple[float, float, float]"),
+    ),
+    "text for a tuple": (read({"evaluate": {"splits": "a"}}), ("config.evaluate.splits='a'", "tuple[str, ...]")),
+    "tuple of another type": (read({"evaluate": {"splits": [1]}}), ("config.evaluate.splits=1", "int, not a str")),
+    "seed": (broken(seed=-1), ("config.seed=-1", "0..4294967295")),
+    "nothing to train": (
+        broken(loss__lambda_con=0.0, loss__lambda_cap=0.0),
+        ("config.loss.lambda_con=0", "config.loss.lambda_cap=0", "set one above 0"),
+    ),
+    "captions without a decoder": (
+        broken(model__text__n_multi=0),
+        ("config.model.text.n_multi=0", "config.loss.lambda_cap=2.0", "set n_multi to 1 or more"),
+    ),
+    "crop area": (broken(data__crop_area=(0.5, 1.5)), ("config.data.crop_area=(0.5, 1.5)", "0 < low <= high <= 1")),
+    "crop ratio": (broken(data__crop_ratio=(2.0, 1.0)), ("config.data.crop_ratio=(2.0, 1.0)", "0 < low <= high")),
+    "background": (broken(data__background=(0, 0, 256)), ("config.data.background=(0, 0, 256)", "0..255")),
+    "std": (broken(data__std=(1.0, 0.0, 1.0)), ("config.data.std=(1.0, 0.0, 1.0)", "more than 0")),
+    "decay mask": (broken(optimizer__decay_mask="("), ("config.optimizer.decay_mask: '('", "an example: '.*/kernel$'")),
+    "freeze": (broken(optimizer__freeze=("a", "[")), ("config.optimizer.freeze: '['", "regular expression")),
+    "batch": (broken(batch_size=12), ("config.batch_size=12", "8 shards", "near it: 8, 16")),
+    "batch smaller than the mesh": (broken(batch_size=3), ("config.batch_size=3", "near it: 8, 16")),
+    "heads over devices": (
+        broken(mesh__tensor=8),
+        ("config.model.image.heads=2", "config.mesh.tensor=8", "it may be 1, 2"),
+    ),
+    "two axes are the rest": (
+        broken(mesh__replica=-1),
+        ("replica=-1, fsdp=-1, tensor=1", "at most one is -1"),
+    ),
+    "an axis of nothing": (broken(mesh__replica=0), ("replica=0", "each axis is 1 or more")),
+    "an axis that does not divide": (
+        broken(mesh__replica=3),
+        ("replica=3", "3 does not divide the 8 devices", "what does: 1, 2, 4, 8"),
+    ),
+    "axes of other devices": (broken(mesh__fsdp=4), ("fsdp=4", "names 4 devices where there are 8", "one axis to -1")),
+    "patches": (
+        broken(model__image__size=18),
+        ("config.model.image.size=18", "config.model.image.patch=4", "near it: 16, 20"),
+    ),
+    "image heads": (
+        broken(model__image__heads=3),
+        ("config.model.image.heads=3", "config.model.image.width=16", "near it: 1, 2, 4"),
+    ),
+    "text heads": (broken(model__text__heads=5), ("config.model.text.heads=5", "config.model.text.width=16", "4")),
+    "pooler heads": (broken(model__pooler__heads=3), ("config.model.pooler.heads=3", "config.model.text.width=16")),
+    "image sines": (
+        broken(model__image__position="sincos", model__image__width=18),
+        ("config.model.image.width=18", "multiple of 4"),
+    ),
+    "text sines": (
+        broken(model__text__position="sincos", model__text__width=17, model__text__heads=1, model__pooler__heads=1),
+        ("config.model.text.width=17", "even"),
+    ),
+    "single pooler": (
+        broken(model__pooler__kind="single", model__pooler__queries=1),
+        ("config.model.pooler.queries=1", "2 or more"),
+    ),
+    "padding": (broken(model__text__pad_id=40), ("config.model.text.pad_id=40", "vocab_size=40", "0..39")),
+    "length": (broken(model__text__length=2), ("config.model.text.length=2", "3 or more")),
+}
+
+
+def _changed(path: str, value: Any) -> Callable[[], None]:
+    return broken(**{path.replace(".", "__"): value})
+
+
+for _path, _choices in config._CHOICES.items():
+    BROKEN[f"choice of {_path}"] = _changed(_path, "other"), (f"config.{_path}='other'", ", ".join(_choices))
+for _path in config._POSITIVE:
+    BROKEN[f"positive {_path}"] = _changed(_path, 0), (f"config.{_path}=0 ", "more than 0")
+for _path in config._NOT_NEGATIVE:
+    BROKEN[f"not negative {_path}"] = _changed(_path, -1), (f"config.{_path}=-1 ", "0 or more")
+for _path in config._SHARE:
+    BROKEN[f"share {_path}"] = _changed(_path, 1.5), (f"config.{_path}=1.5 ", "0..1")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_run_is_refused_in_one_line(name: str) -> None:
+    start, said = BROKEN[name]
+    with pytest.raises(ConfigError) as error:
+        start()
+    message = str(error.value)
+    assert "\n" not in message
+    assert [part for part in said if part not in message] == [], message
+
+
+def test_every_rule_has_an_example() -> None:
+    rules = set()
+    functions = (config.check, config.check_model, config.mesh_shape, config.check_key, config._known)
+    for function in (*functions, config._freeze, config._coerce):
+        lines, first = inspect.getsourcelines(function)
+        for node in ast.walk(ast.parse("".join(lines))):
+            if isinstance(node, ast.Raise):
+                rules.add((function.__name__, first + node.lineno - 1))
+    raised = set()
+    for start, _ in BROKEN.values():
+        with pytest.raises(ConfigError) as error:
+            start()
+        last = error.traceback[-1]
+        raised.add((last.frame.code.name, last.lineno + 1))
+    assert rules and sorted(rules - raised) == [], "these lines of config.py are raised by no example in this file"
+
+
+def test_every_number_has_a_bound() -> None:
+    tables = {*config._POSITIVE, *config._NOT_NEGATIVE, *config._SHARE}
+    elsewhere = {"seed", "mesh.replica", "mesh.fsdp", "mesh.tensor"}  # have rules of their own
+
+    def numbers(values: dict[str, Any], path: str = "") -> list[str]:
+        found = []
+        for key, value in values.items():
+            if isinstance(value, dict):
+                found += numbers(value, f"{path}{key}.")
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                found.append(path + key)
+        return found
+
+    everything = numbers(json.loads(config.to_json(Config())))
+    assert sorted(everything) == sorted(tables | elsewhere)
+
+
+@pytest.mark.parametrize("value", [tiny.CONFIG, Config(), *map(recipe, RECIPES)], ids=["tiny", "default", *RECIPES])
+def test_json_gives_back_the_same(value: Config) -> None:
+    assert config.from_config_dict(json.loads(config.to_json(value))) == value
+
+
+def test_lists_become_tuples_and_whole_numbers_floats() -> None:
+    read = config.from_config_dict({"data": {"std": [1, 2, 3]}, "evaluate": {"prompts": ["{}", "a {}"]}})
+    assert read.data.std == (1.0, 2.0, 3.0) and all(type(v) is float for v in read.data.std)
+    assert read.evaluate.prompts == ("{}", "a {}") and hash(read)
+    assert read.steps == Config().steps  # a key that is not there takes its default
+
+
+def test_the_default_is_every_key_with_its_default() -> None:
+    assert config.from_config_dict(config.default()) == Config()
+
+
+def test_a_typo_in_a_recipe_fails_with_a_suggestion() -> None:
+    c = config.default()
+    with pytest.raises(AttributeError, match='Did you mean "peak_lr"'):
+        c.optimizer.peak_rl = 1e-3
+    with pytest.raises(KeyError, match='Did you mean "width"'):
+        c.model.image.update(widht=3)
+    with pytest.raises(TypeError, match="steps"):
+        c.steps = "many"
+    assert config.from_config_dict(c) == Config()  # nothing of it was taken over
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "shape"),
+    [
+        (config.Mesh(), 8, (1, 8, 1)),
+        (config.Mesh(), 1, (1, 1, 1)),
+        (config.Mesh(replica=-1, fsdp=2, tensor=2), 8, (2, 2, 2)),
+        (config.Mesh(replica=2, fsdp=4), 8, (2, 4, 1)),
+    ],
+)
+def test_the_mesh_fills_the_devices(mesh: config.Mesh, devices: int, shape: tuple[int, int, int]) -> None:
+    assert config.mesh_shape(mesh, devices) == shape
+
+
+def test_every_recipe_is_named() -> None:
+    assert {file.stem for file in CONFIGS.glob("*.py")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_run(name: str) -> None:
+    config.check(recipe(name), RECIPES[name])
+
+
+def test_the_small_configuration_of_the_tests_can_run() -> None:
+    config.check(tiny.CONFIG, 8)
+    for path in (*config._CHOICES, *config._POSITIVE):
+        config.check_key(path)
