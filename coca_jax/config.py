@@ -356,8 +356,8 @@ def check(config: Config, device_count: int | None = None) -> None:
         for key in ("model.image.heads", "model.text.heads", "model.pooler.heads"):
             if get(config, key) % sizes[2]:
                 raise ConfigError(
-                    f"config.{key}={get(config, key)} is not divisible by config.mesh.tensor={sizes[2]}, over which heads "
-                    f"are split; it may be {_divisors(get(config, key))}"
+                    f"config.{key}={get(config, key)} is not divisible by config.mesh.tensor={sizes[2]}, over which "
+                    f"heads are split; it may be {_divisors(get(config, key))}"
                 )
 
 

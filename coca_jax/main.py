@@ -35,8 +35,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     from coca_jax import run  # after the flags: --help must not wait for JAX
 
-    if error := run.run(_CONFIG.value, _WORKDIR.value, evaluate_only=_MODE.value == "evaluate"):
-        sys.exit(error)
+    sys.exit(run.run(_CONFIG.value, _WORKDIR.value, evaluate_only=_MODE.value == "evaluate"))
 
 
 def parse(argv: list[str]) -> list[str]:

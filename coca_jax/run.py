@@ -20,7 +20,7 @@ from coca_jax.data import pipeline, sources
 from coca_jax.data.records import DataError
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import report, suite
-from coca_jax.train import checkpoint, loop, metrics
+from coca_jax.train import checkpoint, loop
 from coca_jax.train import state as states
 from coca_jax.train.state import TrainState
 
@@ -58,8 +58,8 @@ def _run(c: config.Config, workdir: epath.Path, evaluate_only: bool, started: fl
     mesh = sharding.make_mesh(config.mesh_shape(c.mesh, jax.device_count()))
     if not c.data.train:
         raise ConfigError(
-            "config.data.train is empty: set it to a source, e.g. --config.data.train=emoji:train (built in, prepared by "
-            "`python -m coca_jax.data.prepare emoji`) or --config.data.train=array_record:/data/train-*.array_record"
+            "config.data.train is empty: set it to a source, e.g. --config.data.train=emoji:train (built in, prepared "
+            "by `python -m coca_jax.data.prepare emoji`) or --config.data.train=array_record:/data/train-*.array_record"
         )
     source = sources.open_source(c.data.train)
     tokenizer = _tokenizer(c, source)
@@ -75,7 +75,9 @@ def _run(c: config.Config, workdir: epath.Path, evaluate_only: bool, started: fl
 
     parameters = states.parameter_count(states.abstract_parameters(c))
     evaluator = _Evaluator(c, workdir, mesh, source, held_out, tokenizer)
-    print(f"{parameters / 1e6:.1f}M parameters, {jax.device_count()} {jax.devices()[0].platform} devices, {mesh.shape}")
+    print(
+        f"{parameters / 1e6:.1f}M parameters, {jax.device_count()} {jax.devices()[0].platform} devices, {dict(mesh.shape)}"
+    )
     with checkpoint.Checkpoints(workdir) as found:
         at = found.latest()
     page = workdir / report.REPORT_FILE
@@ -90,8 +92,7 @@ def _run(c: config.Config, workdir: epath.Path, evaluate_only: bool, started: fl
     if jax.process_index() == 0:
         seconds = time.monotonic() - started
         report.write(workdir, c, results, parameters=parameters, seconds=seconds, attribution=source.attribution)
-        for name in sorted(results.metrics):
-            logging.info("%s %.4g", name, results.metrics[name])
+        print(_summary(c, results.metrics))
         print(f"report: {page}")
     return 0
 
@@ -167,6 +168,27 @@ class _Evaluator:
         return self.results
 
 
+def _summary(c: config.Config, metrics: Mapping[str, float]) -> str:
+    """What the last evaluation found, for the terminal."""
+    lines = []
+    for name in suite.split_names(c.evaluate.splits).values():
+        for direction in ("image_to_text", "text_to_image"):
+            for kind in ("", "pixel/", "chance/"):
+                path = f"{name}/{kind}" + ("" if kind == "chance/" else f"{direction}/")
+                if f"{path}r1" in metrics:
+                    who = {"": "model", "pixel/": "nearest pixels", "chance/": "chance"}[kind]
+                    recalls = "  ".join(f"R@{k} {metrics[f'{path}r{k}']:.4f}" for k in (1, 5, 10))
+                    rank = f"median rank {metrics[f'{path}median_rank']:g}"
+                    lines.append(f"{name:14} {direction:13} {who:14} {recalls}  {rank}")
+        if f"{name}/caption_loss" in metrics:
+            loss, perplexity = metrics[f"{name}/caption_loss"], metrics[f"{name}/perplexity"]
+            lines.append(f"{name:14} captioning loss {loss:.3f}, perplexity {perplexity:.2f}")
+    if "zero_shot/top1" in metrics:
+        top1, top5, chance = (metrics[f"zero_shot/{key}"] for key in ("top1", "top5", "chance/top1"))
+        lines.append(f"zero-shot      top-1 {top1:.4f}, top-5 {top5:.4f}, chance {chance:.4f}")
+    return "\n".join(lines)
+
+
 def _tokenizer(c: config.Config, source: sources.Source) -> Tokenizer:
     path = c.data.tokenizer or source.tokenizer_path
     if not path:
@@ -185,7 +207,7 @@ def _quiet() -> None:
 
 
 def _compilation_cache() -> None:
-    """Compiled programs are kept between runs, so that a resumed run starts at once. JAX_COMPILATION_CACHE_DIR moves it."""
-    if not jax.config.jax_compilation_cache_dir:
+    """Compiled programs are kept between runs: a resumed run starts at once. JAX_COMPILATION_CACHE_DIR moves them."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = os.environ.get("COCA_JAX_CACHE", os.path.join(os.path.expanduser("~"), ".cache", "coca_jax"))
         jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "xla"))

@@ -8,7 +8,6 @@ from typing import Any
 import grain
 import grain.checkpoint
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -30,8 +29,8 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one workdir.
 
-    Saves return once the arrays are copied to the host; writing goes on behind. A step becomes visible by a rename, after
-    everything in it is written: a killed save leaves a temporary folder, which the next start removes.
+    Saves return once the arrays are copied to the host; writing goes on behind. A step becomes visible by a rename,
+    after everything in it is written: a killed save leaves a temporary folder, which the next start removes.
     """
 
     def __init__(self, workdir: epath.PathLike, c: config.Checkpoint | None = None, best: str = "") -> None:
@@ -123,8 +122,8 @@ class Checkpoints:
         for key, value in json.loads(json.dumps(identity)).items():
             if saved.get(key) != value:
                 raise CheckpointError(
-                    f"{self.folder / str(step)}: {key} was {saved.get(key)!r} when it was saved and is {value!r} now, so "
-                    "the data cannot go on where it stopped: put it back, or start in another --workdir"
+                    f"{self.folder / str(step)}: {key} was {saved.get(key)!r} when it was saved and is {value!r} now, "
+                    "so the data cannot go on where it stopped: put it back, or start in another --workdir"
                 )
         self._check(step, abstract)
         restored = self._manager.restore(
@@ -140,8 +139,8 @@ class Checkpoints:
         """The parameters alone (the moving average where there is one), and their step.
 
         Args:
-          abstract: shapes, dtypes and, if wanted, shardings. A learned position embedding may have another grid here: it
-            comes as saved.
+          abstract: shapes, dtypes and, if wanted, shardings. A learned position embedding may have another grid here:
+            it comes as saved.
           step: None for the newest.
 
         Raises:
@@ -152,10 +151,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} holds no checkpoint{'' if step is None else f' of step {step}'}")
         saved = self._saved(step)
         name = "ema" if any(path.startswith("ema/") for path in saved) else "params"
-        wanted = {
-            path_of(path): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path({name: abstract})
-        }
+        wanted = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path({name: abstract})}
         here = {path: leaf for path, leaf in saved.items() if path.startswith(name + "/")}
         _compare(f"{self.folder / str(step)}", here, wanted, free=("position_embedding",))
         tree = jax.tree_util.tree_map_with_path(
@@ -221,7 +217,7 @@ def _sharding(leaf: Any) -> Any:
 
 def _raw_key(state: TrainState) -> dict[str, Any]:
     """The state as a plain dict with the PRNG key as the integers that it is made of."""
-    rng = state.rng
+    rng: Any = state.rng
     if isinstance(rng, jax.ShapeDtypeStruct):
         data = jax.eval_shape(jax.random.key_data, rng)
         rng = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=rng.sharding)
@@ -237,8 +233,19 @@ def _typed_key(tree: dict[str, Any]) -> TrainState:
 
 
 # What may differ between the run that began in a workdir and the one that goes on: it changes how, not what.
-_MAY_CHANGE = ("log_every", "mesh", "evaluate", "checkpoint", "data.prefetch", "data.threads", "model.image.remat")
-_MAY_CHANGE += ("model.image.scan_unroll", "model.text.remat", "model.text.scan_unroll", "loss.caption_chunk")
+_MAY_CHANGE = (
+    "log_every",
+    "mesh",
+    "evaluate",
+    "checkpoint",
+    "data.prefetch",
+    "data.threads",
+    "model.image.remat",
+    "model.image.scan_unroll",
+    "model.text.remat",
+    "model.text.scan_unroll",
+    "loss.caption_chunk",
+)
 
 
 def keep_config(workdir: epath.Path, c: config.Config) -> None:
@@ -253,7 +260,8 @@ def keep_config(workdir: epath.Path, c: config.Config) -> None:
         for key, old, new in _differences(json.loads(config.to_json(before)), json.loads(config.to_json(c))):
             if not any(key == k or key.startswith(k + ".") for k in _MAY_CHANGE):
                 raise ConfigError(
-                    f"config.{key}={new!r}, but {path} was begun with {old!r}: put it back, or start in another --workdir"
+                    f"config.{key}={new!r}, but {path} was begun with {old!r}: put it back, or start in another "
+                    "--workdir"
                 )
             logging.info("config.%s was %r and is %r", key, old, new)
     if jax.process_index() == 0:
@@ -281,8 +289,3 @@ def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(a, dict) and isinstance(b, dict):
         return [d for key in b for d in _differences(a.get(key), b[key], f"{path}.{key}" if path else key)]
     return [] if a == b else [(path, a, b)]
-
-
-def to_host(tree: Any) -> Any:
-    """Arrays as numpy, for comparing and exporting."""
-    return jax.tree.map(np.asarray, tree)

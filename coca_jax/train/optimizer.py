@@ -63,8 +63,8 @@ def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.Gr
     elif c.name == "adamw":
         parts.append(optax.scale_by_adam(c.b1, c.b2, c.eps))
     if c.name == "muon":
-        # Jordan 2024; the scale of Liu et al. 2025 (arXiv 2502.16982) makes a learning rate mean what it means to AdamW,
-        # which keeps the embeddings, the output head, biases and norms.
+        # Jordan 2024; the scale of Liu et al. 2025 (arXiv 2502.16982) makes a learning rate mean what it means to
+        # AdamW, which keeps the embeddings, the output head, biases and norms.
         parts.append(
             optax.contrib.muon(
                 rate,
@@ -118,10 +118,10 @@ def matrices(parameters: Any) -> Any:
 
 
 def on_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Shows `inner` attention kernels as matrices: `[d, h, k]` as `[d, h * k]`, patches `[p, p, 3, d]` as `[p * p * 3, d]`.
+    """Shows `inner` kernels as matrices: attention's `[d, h, k]` as `[d, h * k]`, `[p, p, 3, d]` as `[p * p * 3, d]`.
 
-    Adafactor factors the two largest axes if both have at least 128 elements. Of `[1024, 16, 64]` it would factor nothing
-    and keep a second moment as large as the parameter.
+    Adafactor factors the two largest axes if both have at least 128 elements. Of `[1024, 16, 64]` it would factor
+    nothing and keep a second moment as large as the parameter.
     """
 
     def merged(path: tuple[Any, ...], x: jax.Array) -> jax.Array:

@@ -32,15 +32,10 @@ def loss_function(c: config.Config, params: Parameters, batch: Batch) -> tuple[j
     model, weights = CoCa(c.model), c.loss
     images = shard(normalize(batch["images"], c.data.mean, c.data.std), "batch", None, None, None)
     captioning = weights.lambda_cap > 0
-    output = model.apply(
-        {"params": params},
-        images,
-        batch["tokens"],
-        contrastive=weights.lambda_con > 0,
-        captioning=captioning,
-        method="forward",
-    )
-    head = model.apply({"params": params}, method="head") if captioning else None
+    variables = {"params": params}
+    halves: Any = {"contrastive": weights.lambda_con > 0, "captioning": captioning}
+    output: Any = model.apply(variables, images, batch["tokens"], **halves, method="forward")
+    head: Any = model.apply(variables, method="head") if captioning else None
     return losses.total(output, head, batch["tokens"], weights, pad_id=c.model.text.pad_id)
 
 
@@ -63,7 +58,7 @@ def train_step(
         "update_norm": optax.tree.norm(updates),
         "learning_rate": jnp.asarray(schedule(c.optimizer, c.steps)(state.step), jnp.float32),
     }
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+    return TrainState(state.step + 1, params, opt_state, ema, state.rng), metrics
 
 
 def compile_step(
