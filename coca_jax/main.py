@@ -52,6 +52,9 @@ def parse(argv: list[str]) -> list[str]:
             if name.startswith("config."):
                 config.check_key(name.removeprefix("config."))
         return flags.FLAGS(argv)
+    except SystemExit as done:
+        # absl ends with 1 after its help, which is no failure.
+        sys.exit(0 if {"--help", "--helpshort", "--helpfull"} & set(argv) else done.code)
     except Exception as error:  # a recipe is a program: it may raise anything
         sys.exit(f"error: {_one_line(error)}")
 

@@ -52,7 +52,7 @@ def shapes(name: str) -> dict[str, str]:
 
 
 def first_steps() -> dict[str, Any]:
-    """The figures of the first two steps of the small model; parameters and batches are NumPy's, the same everywhere."""
+    """The figures of the small model's first two steps. Parameters and batches are NumPy's: the same everywhere."""
     c = tiny.CONFIG
     params = tiny.parameters(c.model)
     tx = optimizer.make_optimizer(c.optimizer, c.steps, params)
