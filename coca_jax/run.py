@@ -75,10 +75,8 @@ def _run(c: config.Config, workdir: epath.Path, evaluate_only: bool, started: fl
 
     parameters = states.parameter_count(states.abstract_parameters(c))
     evaluator = _Evaluator(c, workdir, mesh, source, held_out, tokenizer)
-    print(
     devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
     print(f"{parameters / 1e6:.1f}M parameters, {devices}, mesh {dict(mesh.shape)}")
-    )
     with checkpoint.Checkpoints(workdir) as found:
         at = found.latest()
     page = workdir / report.REPORT_FILE
