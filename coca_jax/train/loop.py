@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import signal
 import time
@@ -131,6 +132,11 @@ def train(
                     results = evaluate(state)
                     if results:
                         writer.write(step, results)
+                if results and c.evaluate.best and c.evaluate.best not in results:
+                    # Found out hours into a run: said at every evaluation, and the run goes on.
+                    near = ", ".join(difflib.get_close_matches(c.evaluate.best, results, n=3, cutoff=0.0))
+                    progress.say(f"config.evaluate.best={c.evaluate.best!r} is not measured; near it: {near}")
+                    results = None
                 keep_best = bool(results) and bool(c.evaluate.best)
                 if last or stopping or keep_best or step % c.checkpoint.every == 0:
                     settle()  # a state whose loss is not finite is never saved
