@@ -9,6 +9,7 @@ Any key of the configuration can be set after the file: --config.optimizer.peak_
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> None:
         config.check(config.from_config_dict(_CONFIG.value))  # before JAX is loaded, which takes seconds
     except config.ConfigError as error:
         sys.exit(f"error: {error}")
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache as soon as it is imported
     from coca_jax import run  # after the flags: --help must not wait for JAX
 
     sys.exit(run.run(_CONFIG.value, _WORKDIR.value, evaluate_only=_MODE.value == "evaluate"))
