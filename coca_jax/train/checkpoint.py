@@ -55,7 +55,6 @@ class Checkpoints:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 create=c is not None,
-                read_only=c is None,
                 cleanup_tmp_directories=c is not None,
                 preservation_policy=policies.AnyPreservationPolicy(keep) if keep else None,
             ),
@@ -184,8 +183,8 @@ class Checkpoints:
 
     def _saved(self, step: int) -> dict[str, Any]:
         """Path -> metadata (shape, dtype) of every array in a saved state."""
-        metadata = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata(self.folder / str(step) / "state")
-        tree = metadata.item_metadata.tree
+        # The handler and not a Checkpointer, which warns that a part of a checkpoint has no description of its own.
+        tree = ocp.PyTreeCheckpointHandler().metadata(self.folder / str(step) / "state").tree
         return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
     def _check(self, step: int, abstract: TrainState) -> None:

@@ -70,7 +70,10 @@ def final_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.latest()
     assert step == 12
-    restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(workdir / "checkpoints" / "12" / "state")
+    folder = epath.Path(workdir) / "checkpoints" / "12" / "state"
+    handler = ocp.PyTreeCheckpointHandler()
+    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder).tree)
+    restored = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=plain))
     return {
         jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
     }
