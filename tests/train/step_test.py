@@ -52,8 +52,9 @@ def check_meshes() -> None:
                 np.testing.assert_allclose(other[name], one[name], rtol=2e-5, atol=1e-6, err_msg=f"{mesh} {name}")
         # float32 sums over the batch in another order: an element's error is as large as its summands' rounding, and so
         # goes with the largest of its tensor and not with its own size. Measured: up to 3e-6 of values near 0.1.
+        # A key's bias has no gradient at all (it moves all scores alike): what stands there is noise of 1e-7.
         for a, b in zip(jax.tree.leaves(other_gradients), jax.tree.leaves(gradients), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max() + 1e-8, err_msg=str(mesh))
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max() + 1e-6, err_msg=str(mesh))
         # AdamW divides by the gradient's own size: where that is rounding noise, so is the update's sign. Two steps of
         # 1e-2 could differ by 4e-2 at most; a wrong mean moves far more leaves than these.
         differs = [
