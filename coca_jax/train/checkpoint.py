@@ -70,9 +70,6 @@ class Checkpoints:
         """The newest whole step, or None."""
         return self._manager.latest_step()
 
-    def best(self) -> int | None:
-        return self._manager.best_step()
-
     def save(
         self,
         state: TrainState,
