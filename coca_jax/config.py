@@ -130,6 +130,7 @@ class Data:
     crop_area: tuple[float, float] = (0.5, 1.0)  # random-resized crop: share of the area
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # and aspect ratio
     flip: bool = False  # off: captions name sides
+    eval_crop: float = 1.0  # evaluation: share of the shorter side that the middle square keeps
     color_jitter: float = 0.0  # brightness, contrast, saturation: up to this share
     hue_jitter: float = 0.0  # hue, share of the colour circle
     grayscale: float = 0.0  # probability
@@ -270,7 +271,7 @@ _POSITIVE = (
     *("model.image.heads", "model.image.mlp_dim", "model.pooler.queries", "model.pooler.heads"),
     *("model.text.vocab_size", "model.text.length", "model.text.width", "model.text.heads"),
     *("model.text.mlp_dim", "model.text.n_uni", "optimizer.peak_lr", "data.prefetch"),
-    *("evaluate.batch_size", "checkpoint.every", "checkpoint.keep"),
+    *("data.eval_crop", "evaluate.batch_size", "checkpoint.every", "checkpoint.keep"),
 )
 _NOT_NEGATIVE = (
     *("model.text.n_multi", "model.text.pad_id", "model.image.scan_unroll", "model.text.scan_unroll"),
@@ -281,7 +282,7 @@ _NOT_NEGATIVE = (
 )
 _SHARE = (
     *("optimizer.warmup", "optimizer.end_lr", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay"),
-    *("data.grayscale", "data.blur"),
+    *("data.grayscale", "data.blur", "data.eval_crop"),
 )
 
 

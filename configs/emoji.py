@@ -14,7 +14,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     # By path: a recipe is a file that is run, from whatever folder.
     c = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart.py")))["get_config"]()
-    c.steps, c.log_every = 3400, 50
-    c.evaluate.update(every=850, best="seen/image_to_text/r1")
-    c.checkpoint.every = 850
+    c.steps, c.log_every = 6000, 50
+    c.evaluate.update(every=1500, best="seen/image_to_text/r1")
+    c.checkpoint.every = 750
     return c

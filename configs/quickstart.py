@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.train = "emoji:train"
     # The held-out designer has other colours, lines and proportions: so does each picture every time it is seen.
     c.data.update(crop_area=(0.5, 1.0), rotate=15.0, blur=0.2, color_jitter=0.4, hue_jitter=0.05, grayscale=0.1)
+    c.data.eval_crop = 0.875  # the crops above make things larger: as large they are in evaluation
     c.evaluate.splits = ("emoji:seen", "emoji:combinations", "emoji:concepts", "emoji:base")
     c.evaluate.update(zero_shot="emoji:all", reference_style="twemoji", captions=64)
     c.evaluate.prompts = ("{}", "an emoji of {}", "{} emoji")

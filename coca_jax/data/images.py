@@ -150,10 +150,14 @@ def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
-def fit(image: np.ndarray, size: int) -> np.ndarray:
-    """For evaluation: shorter side to `size`, then the square in the middle. uint8 `[size, size, 3]`."""
+def fit(image: np.ndarray, size: int, crop: float = 1.0) -> np.ndarray:
+    """For evaluation: the square in the middle, of `crop` times the shorter side. uint8 `[size, size, 3]`.
+
+    Random-resized crops show things larger than whole pictures do; a `crop` of 0.875 evens that out (Touvron et al.,
+    2019, arXiv:1906.06423).
+    """
     h, w = image.shape[:2]
-    scale = size / min(h, w)
+    scale = size / (crop * min(h, w))
     width, height = max(size, round(w * scale)), max(size, round(h * scale))
     image = resize(image, width, height)
     top, left = (height - size) // 2, (width - size) // 2
@@ -289,12 +293,14 @@ class Preprocessor:
       size: side of the square, pixels.
       mean, std: of each channel, values in 0..1.
       background: under transparent pixels, 0..255.
+      crop: share of the shorter side that the square keeps.
     """
 
     size: int
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     background: tuple[int, int, int] = (255, 255, 255)
+    crop: float = 1.0
 
     def __call__(self, images: Iterable[Any]) -> np.ndarray:
         """Normalised float32 `[b, size, size, 3]`.
@@ -311,7 +317,7 @@ class Preprocessor:
 
     def pixels(self, images: Iterable[Any]) -> np.ndarray:
         """The same before normalising: uint8 `[b, size, size, 3]`."""
-        squares = [fit(to_pixels(image, self.background, self.size), self.size) for image in images]
+        squares = [fit(to_pixels(image, self.background, self.size), self.size, self.crop) for image in images]
         return np.stack(squares) if squares else np.zeros((0, self.size, self.size, 3), np.uint8)
 
     def to_json(self) -> dict[str, Any]:
@@ -321,4 +327,5 @@ class Preprocessor:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Preprocessor:
         """The inverse of `to_json`, after JSON has made lists of the tuples."""
-        return cls(int(values["size"]), *(tuple(values[key]) for key in ("mean", "std", "background")))
+        colors = (tuple(values[key]) for key in ("mean", "std", "background"))
+        return cls(int(values["size"]), *colors, float(values["crop"]))

@@ -61,7 +61,7 @@ class _Read:
         except DataError as error:
             raise DataError(f"{self.source.name}: record {index} ({record.key}): {error}") from error
         return {
-            "images": images.fit(pixels, self.image_size),
+            "images": images.fit(pixels, self.image_size, self.data.eval_crop),
             "tokens": self.tokenizer.encode(record.captions[0], self.length),
             "index": np.int64(index),
             "valid": np.bool_(True),

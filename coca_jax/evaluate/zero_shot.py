@@ -16,7 +16,7 @@ def class_features(
 
     Args:
       encode: texts `[n]` -> unit-length features `[n, d]`; called once, with every prompt of every class.
-      names: the classes.
+      names: the classes; `-` and `_` become spaces.
       prompts: templates; `{}` is where the name goes.
 
     Raises:
@@ -27,8 +27,10 @@ def class_features(
     for prompt in prompts:
         if "{}" not in prompt:
             raise ValueError(f"the prompt {prompt!r} has no place for the name: write {{}} where it goes")
+    # Labels are often written as identifiers: `cat-face`, `sports_car`. Captions are not.
+    words = [name.replace("-", " ").replace("_", " ") for name in names]
     # replace, not format: names and prompts are data, and a brace in them is only a brace.
-    features = encode([prompt.replace("{}", name) for name in names for prompt in prompts])
+    features = encode([prompt.replace("{}", name) for name in words for prompt in prompts])
     mean = np.asarray(features, np.float64).reshape(len(names), len(prompts), -1).mean(1)
     return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
 

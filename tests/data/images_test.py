@@ -145,6 +145,16 @@ def test_fit_keeps_the_middle_and_the_aspect():
     assert abs(rows.mean() - 24.5) <= 1 and abs(columns.mean() - 24.5) <= 1
 
 
+def test_fit_with_a_crop_shows_things_larger():
+    image = np.zeros((100, 100, 3), np.uint8)
+    image[30:70, 30:70] = 255
+    for crop in (1.0, 0.8, 0.5):
+        out = images.fit(image, 80, crop)
+        assert out.shape == (80, 80, 3)
+        assert abs(np.sqrt((out > 127).all(2).sum()) - 40 * 80 / (100 * crop)) <= 1
+    np.testing.assert_array_equal(images.Preprocessor(80, crop=0.5).pixels([image])[0], images.fit(image, 80, 0.5))
+
+
 def everything(**changes) -> config.Data:
     return config.Data(flip=True, color_jitter=0.4, hue_jitter=0.1, grayscale=0.2, rotate=20.0, blur=0.5, **changes)
 
@@ -295,7 +305,7 @@ def test_preprocessor_leaves_a_pillow_image_alone():
 
 
 def test_preprocessor_survives_json():
-    preprocessor = images.Preprocessor(224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (1, 2, 3))
+    preprocessor = images.Preprocessor(224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (1, 2, 3), 0.875)
     assert images.Preprocessor.from_json(json.loads(json.dumps(preprocessor.to_json()))) == preprocessor
 
 
