@@ -1,4 +1,4 @@
-"""The model's functions compiled over a mesh: host arrays in, host arrays out, any number of rows.
+"""The model's functions compiled over a mesh: arrays in, host arrays out, any number of rows.
 
 Evaluation during training and a loaded checkpoint call the same ones. Axes: b rows, d the contrastive space, t tokens.
 """
@@ -22,9 +22,10 @@ Parameters = Any
 
 
 class Apply:
-    """Functions of (params, host arrays). Pictures are uint8 `[b, size, size, 3]`; they are normalised on the device.
+    """Functions of (params, arrays). Pictures are uint8 `[b, size, size, 3]`; they are normalised on the device.
 
-    With several processes, each calls with the same rows and gets all of the result.
+    An array is either on the mesh already (of `pipeline.place`: each process has read its rows of it), or a host array,
+    the same on every process. Every process gets all rows of the result.
     """
 
     def __init__(self, c: config.Config, mesh: Mesh, *, bos_id: int, eos_id: int) -> None:
@@ -71,10 +72,11 @@ class Apply:
         compiled = jax.jit(function, out_shardings=replicated(self.mesh))
 
         @functools.wraps(function)
-        def call(params: Parameters, *arrays: np.ndarray) -> Any:
+        def call(params: Parameters, *arrays: np.ndarray | jax.Array) -> Any:
             rows = len(arrays[0])
+            placed = (a if isinstance(a, jax.Array) else self._place(np.asarray(a)) for a in arrays)
             with jax.set_mesh(self.mesh):
-                result = compiled(params, *(self._place(np.asarray(a)) for a in arrays))
+                result = compiled(params, *placed)
             return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[:rows], result)
 
         return call

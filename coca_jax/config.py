@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import types
 import typing
@@ -39,7 +40,7 @@ class ImageEncoder:
     class_token: bool = False  # prepend a learned token (open_clip)
     patch_bias: bool = True  # bias of the patch embedding (open_clip: False)
     pre_norm: bool = False  # LayerNorm after the position embedding (open_clip: True)
-    remat: str = "none"  # what the backward pass recomputes: none | dots | everything
+    remat: str = "none"  # what the backward pass computes again: see REMAT
     scan_unroll: int = 1  # layers a scan step holds; 0 unrolls the whole stack
 
 
@@ -50,6 +51,7 @@ class Pooler:
     kind: str = "parallel"  # parallel | cascade | single (one pooler, query 0 is the contrastive one: open_clip)
     queries: int = 256  # of the generative pooler; with kind=single the contrastive query is one of them
     heads: int = 12  # must divide text.width, which is the width of the pooled tokens
+    remat: str = "none"  # of its attention: see REMAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class TextDecoder:
     cross_mlp: bool = False  # a second MLP: self-attention, MLP, cross-attention, MLP (open_clip)
     cross_kv_norm: bool = False  # LayerNorm on the image tokens in every layer (open_clip)
     cls_mask: str = "full"  # full: [CLS] attends to real tokens and itself | legacy: open_clip's shifted mask
-    remat: str = "none"
+    remat: str = "none"  # of both halves: see REMAT
     scan_unroll: int = 1
 
 
@@ -81,8 +83,12 @@ class Model:
     text: TextDecoder = TextDecoder()
     norm_eps: float = 1e-6  # open_clip: 1e-5
     gelu: str = "tanh"  # tanh | exact (open_clip)
-    temperature: float = 0.07  # initial; learned, logit scale clamped to [0, ln 100]
+    attention: str = "xla"  # xla | cudnn (NVIDIA GPU, bfloat16) | flash (TPU); decoding with a cache is xla always
+    temperature: float = 0.07  # initial; learned, logit scale clamped to [0, ln 100] (SigLIP: 0.1)
+    logit_bias: float = 0.0  # initial; learned, for loss.contrastive=sigmoid (SigLIP: -10); 0: there is none
     dtype: str = "bfloat16"  # of the computation; temperature, logits and losses are float32 always
+    # bfloat16: stored rounded to 8 bits. Steps of less than 1/512 of a value are lost (small learning rates, the end of
+    # a schedule): where memory leaves no choice. Second moments, moving average and logit scale stay float32.
     param_dtype: str = "float32"
 
 
@@ -92,7 +98,9 @@ class Loss:
 
     lambda_con: float = 1.0
     lambda_cap: float = 2.0
-    caption_chunk: int = 16  # text positions whose logits are held at a time; 0: all at once
+    contrastive: str = "softmax"  # softmax | sigmoid (SigLIP; set model.logit_bias and model.temperature too)
+    contrastive_tile: int = 4096  # rows and columns of the similarities held at a time; 0: all at once
+    caption_chunk: int = 1024  # tokens of a device whose logits are held at a time; 0: all at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,21 +112,29 @@ class Optimizer:
     end_lr: float = 0.0  # where linear and cosine end, as a share of peak_lr
     b1: float = 0.9  # momentum
     b2: float = 0.999  # second-moment decay (Adafactor: the cap of 1 - t^-0.8)
-    eps: float = 1e-8  # AdamW only
+    eps: float = 1e-8  # in the denominators of AdamW and Muon; Adafactor adds 1e-30 to squares instead
     weight_decay: float = 0.01  # decoupled, times the learning rate
     decay_mask: str = r".*/(kernel|embedding)$"  # parameters (by path) that decay
     clip_norm: float = 1.0  # global gradient norm; 0: off
     freeze: tuple[str, ...] = ()  # patterns of parameter paths that never change
     ema_decay: float = 0.0  # moving average of the parameters, used by evaluation; 0: off
+    state_dtype: str = "float32"  # float32 | bfloat16: what momentum is stored in; second moments are float32 always
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices of each axis; -1: the rest. The batch is split over replica x fsdp."""
+    """Devices of each axis; -1: the rest. The batch is split over replica x fsdp.
+
+    A job of several slices (TPU slices, or nodes of GPUs) has a fast network inside each and a slower one, DCN, between
+    them. With dcn_replica or dcn_fsdp the other three keys are sizes inside a slice, and an axis is as long as the
+    product of both: 2 slices of 256 chips with dcn_replica=2, fsdp=-1 are replica=2 x fsdp=256.
+    """
 
     replica: int = 1  # whole copies of the model
     fsdp: int = -1  # parameters and optimiser state sharded
-    tensor: int = 1  # heads, MLP and vocabulary sharded
+    tensor: int = 1  # heads, MLP and vocabulary sharded; always inside a slice
+    dcn_replica: int = 1  # slices along replica: one exchange of gradients a step; -1: the rest
+    dcn_fsdp: int = 1  # slices along fsdp: parameters, too, are gathered from slice to slice; -1: the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +184,7 @@ class Config:
     seed: int = 0
     steps: int = 500_000
     batch_size: int = 65_536  # global
+    microbatches: int = 1  # parts of the batch computed after one another: less memory, the same gradients; 1: off
     log_every: int = 50  # steps between lines in metrics.jsonl and TensorBoard
     model: Model = Model()
     loss: Loss = Loss()
@@ -252,21 +269,36 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # What can run
 
+# What a layer's backward pass computes again instead of keeping it, from most memory and least computation to the
+# opposite. Sizes are those of a layer's tokens [b, s, width] with an MLP four times as wide; m are the keys.
+REMAT = {
+    "none": "kept: everything; computed again: nothing",
+    "attention": "kept: all but the attention weights [b, heads, s, m]; computed again: those",
+    "dots": "kept: products with parameters (8 x tokens); computed again: norms, activations, attention",
+    "qkv": "kept: queries, keys, values and what a sublayer adds (4 x tokens); computed again: also the MLP",
+    "outputs": "kept: what a sublayer adds (1 x tokens); computed again: also queries, keys and values",
+    "everything": "kept: the layer's input; computed again: all of the layer that its gradient needs",
+}
+
 _CHOICES = {
     "model.image.position": ("learned", "sincos"),
     "model.text.position": ("learned", "sincos"),
-    "model.image.remat": ("none", "dots", "everything"),
-    "model.text.remat": ("none", "dots", "everything"),
+    "model.image.remat": tuple(REMAT),
+    "model.text.remat": tuple(REMAT),
+    "model.pooler.remat": tuple(REMAT),
+    "model.attention": ("xla", "cudnn", "flash"),
     "model.pooler.kind": ("parallel", "cascade", "single"),
     "model.text.cls_mask": ("full", "legacy"),
     "model.gelu": ("tanh", "exact"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
+    "loss.contrastive": ("softmax", "sigmoid"),
     "optimizer.name": ("adafactor", "adamw", "muon"),
     "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"),
+    "optimizer.state_dtype": ("float32", "bfloat16"),
 }
 _POSITIVE = (
-    *("steps", "batch_size", "log_every", "model.embed_dim", "model.temperature", "model.norm_eps"),
+    *("steps", "batch_size", "microbatches", "log_every", "model.embed_dim", "model.temperature", "model.norm_eps"),
     *("model.image.size", "model.image.patch", "model.image.width", "model.image.depth"),
     *("model.image.heads", "model.image.mlp_dim", "model.pooler.queries", "model.pooler.heads"),
     *("model.text.vocab_size", "model.text.length", "model.text.width", "model.text.heads"),
@@ -275,7 +307,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("model.text.n_multi", "model.text.pad_id", "model.image.scan_unroll", "model.text.scan_unroll"),
-    *("loss.lambda_con", "loss.lambda_cap", "loss.caption_chunk"),
+    *("loss.lambda_con", "loss.lambda_cap", "loss.contrastive_tile", "loss.caption_chunk"),
     *("optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps"),
     *("data.workers", "data.threads", "data.color_jitter", "data.hue_jitter", "data.rotate"),
     *("evaluate.every", "evaluate.captions", "checkpoint.keep_best"),
@@ -294,12 +326,16 @@ def get(config: Config, path: str) -> Any:
     return value
 
 
-def check(config: Config, device_count: int | None = None) -> None:
+def check(
+    config: Config, device_count: int | None = None, *, slice_count: int = 1, platform: str | None = None
+) -> None:
     """Raises ConfigError for the first thing that cannot run; files are looked for where they are opened.
 
     Args:
       config: what to check.
       device_count: devices of the whole job; None leaves the mesh unchecked.
+      slice_count: groups of devices with a fast network inside: `sharding.slice_count()`.
+      platform: what computes: cpu | gpu | tpu; None leaves what only some platforms can do unchecked.
     """
     for path, choices in _CHOICES.items():
         if get(config, path) not in choices:
@@ -324,6 +360,16 @@ def check(config: Config, device_count: int | None = None) -> None:
             "config.model.text.n_multi=0 has no decoder for captions, but "
             f"config.loss.lambda_cap={loss.lambda_cap}: set n_multi to 1 or more, or lambda_cap to 0"
         )
+    if loss.lambda_con > 0 and loss.contrastive == "sigmoid" and config.model.logit_bias == 0:
+        raise ConfigError(
+            "config.model.logit_bias=0 with config.loss.contrastive='sigmoid' begins with a loss of negatives alone: "
+            "set it to -10, and config.model.temperature to 0.1, as SigLIP does"
+        )
+    if loss.contrastive == "softmax" and config.model.logit_bias != 0:
+        raise ConfigError(
+            f"config.model.logit_bias={config.model.logit_bias} does not change config.loss.contrastive='softmax': "
+            "set it to 0, or config.loss.contrastive to 'sigmoid'"
+        )
     for name in ("crop_area", "crop_ratio"):
         low, high = getattr(data, name)
         if not 0 < low <= high or (name == "crop_area" and high > 1):
@@ -345,8 +391,13 @@ def check(config: Config, device_count: int | None = None) -> None:
             ) from error
     if min(data.std) <= 0:
         raise ConfigError(f"config.data.std={data.std} must be more than 0 in every channel")
+    if config.batch_size % config.microbatches:
+        raise ConfigError(
+            f"config.microbatches={config.microbatches} does not divide config.batch_size={config.batch_size}; it may "
+            f"be {_divisors(config.batch_size)}"
+        )
     if device_count is not None:
-        sizes = mesh_shape(config.mesh, device_count)
+        sizes = mesh_shape(config.mesh, device_count, slice_count=slice_count, platform=platform)
         shards = sizes[0] * sizes[1]
         if config.batch_size % shards:
             near = max(shards, config.batch_size // shards * shards)
@@ -354,12 +405,26 @@ def check(config: Config, device_count: int | None = None) -> None:
                 f"config.batch_size={config.batch_size} is not divisible by the {shards} shards of the batch (replica "
                 f"{sizes[0]} x fsdp {sizes[1]}); near it: {near}, {near + shards}"
             )
+        rows = config.batch_size // config.microbatches
+        if rows % shards:
+            raise ConfigError(
+                f"config.microbatches={config.microbatches} cuts config.batch_size={config.batch_size} into parts of "
+                f"{rows} rows, not divisible by the {shards} shards of the batch; it may be "
+                f"{_divisors(config.batch_size // shards)}"
+            )
         for key in ("model.image.heads", "model.text.heads", "model.pooler.heads"):
             if get(config, key) % sizes[2]:
                 raise ConfigError(
                     f"config.{key}={get(config, key)} is not divisible by config.mesh.tensor={sizes[2]}, over which "
                     f"heads are split; it may be {_divisors(get(config, key))}"
                 )
+
+    needs = {"cudnn": "gpu", "flash": "tpu"}.get(config.model.attention)
+    if platform is not None and needs not in (None, platform):
+        raise ConfigError(
+            f"config.model.attention={config.model.attention!r} runs on a {needs}, and this is a {platform}: set it to "
+            "'xla'"
+        )
 
 
 def check_model(model: Model) -> None:
@@ -383,6 +448,17 @@ def check_model(model: Model) -> None:
                 f"config.{heads_key}={heads} does not divide config.{width_key}={width}; near it: "
                 + ", ".join(map(str, fits))
             )
+        # The limit of cuDNN's kernels before the Hopper generation.
+        if model.attention == "cudnn" and (width // heads % 8 or width // heads > 128):
+            raise ConfigError(
+                f"config.model.attention='cudnn' takes heads as wide as a multiple of 8 up to 128; config.{width_key}="
+                f"{width} / config.{heads_key}={heads} is {width // heads}: set other heads, or attention to 'xla'"
+            )
+    if model.attention == "cudnn" and model.dtype != "bfloat16":
+        raise ConfigError(
+            f"config.model.attention='cudnn' computes in bfloat16, and config.model.dtype={model.dtype!r}: set dtype "
+            "to 'bfloat16', or attention to 'xla'"
+        )
     if image.position == "sincos" and image.width % 4:
         raise ConfigError(f"config.model.image.width={image.width} must be a multiple of 4 for position=sincos")
     if text.position == "sincos" and text.width % 2:
@@ -405,24 +481,58 @@ def _divisors(number: int) -> str:
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
-def mesh_shape(mesh: Mesh, device_count: int) -> tuple[int, int, int]:
-    """Sizes of (replica, fsdp, tensor) with -1 resolved. Raises ConfigError where the devices do not fit."""
+def mesh_shape(
+    mesh: Mesh, device_count: int, *, slice_count: int = 1, platform: str | None = None
+) -> tuple[int, int, int]:
+    """Sizes of (replica, fsdp, tensor) in the whole job, with -1 resolved.
+
+    Args:
+      mesh: what is configured.
+      device_count: devices of the whole job.
+      slice_count: groups of devices with a fast network inside: `sharding.slice_count()`.
+      platform: cpu | gpu | tpu. Slices of TPUs must be given an axis; elsewhere the devices may also be taken in order.
+
+    Raises:
+      ConfigError: the devices or the slices do not fit.
+    """
+    dcn = dcn_shape(mesh, slice_count)
+    slices = math.prod(dcn)
+    if platform == "tpu" and slices != slice_count:
+        raise ConfigError(
+            f"config.mesh(dcn_replica=1, dcn_fsdp=1) gives no axis to the {slice_count} slices that these "
+            f"{device_count} chips are: set config.mesh.dcn_replica=-1 (or dcn_fsdp=-1, where a slice cannot hold the "
+            "model)"
+        )
+    where = f" of each of the {slices} slices" if slices > 1 else ""
     sizes = {"replica": mesh.replica, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    inside = _resolve(sizes, device_count // slices, f"devices{where}")
+    return inside[0] * dcn[0], inside[1] * dcn[1], inside[2] * dcn[2]
+
+
+def dcn_shape(mesh: Mesh, slice_count: int) -> tuple[int, int, int]:
+    """Slices along (replica, fsdp, tensor), with -1 resolved; (1, 1, 1) where none are configured.
+
+    Raises:
+      ConfigError: the slices do not fit.
+    """
+    if (mesh.dcn_replica, mesh.dcn_fsdp) == (1, 1):
+        return 1, 1, 1
+    replica, fsdp = _resolve({"dcn_replica": mesh.dcn_replica, "dcn_fsdp": mesh.dcn_fsdp}, slice_count, "slices")
+    return replica, fsdp, 1
+
+
+def _resolve(sizes: dict[str, int], count: int, of: str) -> list[int]:
     text = ", ".join(f"{k}={v}" for k, v in sizes.items())
     if any(v < 1 and v != -1 for v in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise ConfigError(f"config.mesh({text}): each axis is 1 or more, and at most one is -1 (the rest)")
-    known = 1
-    for value in sizes.values():
-        known *= value if value != -1 else 1
+    known = math.prod(v for v in sizes.values() if v != -1)
     if -1 in sizes.values():
-        if device_count % known:
+        if count % known:
             raise ConfigError(
-                f"config.mesh({text}): {known} does not divide the {device_count} devices; what does: "
-                f"{_divisors(device_count)}"
+                f"config.mesh({text}): {known} does not divide the {count} {of}; what does: {_divisors(count)}"
             )
-        sizes = {k: device_count // known if v == -1 else v for k, v in sizes.items()}
-    elif known != device_count:
+    elif known != count:
         raise ConfigError(
-            f"config.mesh({text}) names {known} devices where there are {device_count}: set one axis to -1 (the rest)"
+            f"config.mesh({text}) names {known} {of} where there are {count}: set one axis to -1 (the rest)"
         )
-    return sizes["replica"], sizes["fsdp"], sizes["tensor"]
+    return [count // known if v == -1 else v for v in sizes.values()]

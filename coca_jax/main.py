@@ -4,7 +4,9 @@
     python -m coca_jax.main --config=configs/coca_large.py --workdir=gs://bucket/run --config.data.train=...
 
 Any key of the configuration can be set after the file: --config.optimizer.peak_lr=1e-3. Started again with the same
---workdir, a run goes on from its newest checkpoint, or says that it is complete.
+--workdir, a run goes on from its newest checkpoint, or says that it is complete. On several hosts the same command is
+started on each; where the cluster does not say who is who, --coordinator, --num_processes and --process_id do
+(docs/many_hosts.md).
 """
 
 from __future__ import annotations
@@ -12,16 +14,21 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from coca_jax import config
+from coca_jax import commandline, compiler, config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder or bucket for checkpoints, metrics and the report.")
+_PROFILE = flags.DEFINE_string("profile", "", "start:stop: trace these steps for a profiler (docs/profiling.md).")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train, or evaluate the newest checkpoint.")
+# Text, so that what is wrong with a number is said as for the environment's variables.
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, of a job of several processes.")
+_NUM_PROCESSES = flags.DEFINE_string("num_processes", "", "How many processes the job has.")
+_PROCESS_ID = flags.DEFINE_string("process_id", "", "Which of them this is: 0 .. num_processes - 1.")
+_TIMEOUT = flags.DEFINE_integer("coordinator_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
@@ -35,46 +42,25 @@ def main(argv: list[str]) -> None:
     except config.ConfigError as error:
         sys.exit(f"error: {error}")
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache as soon as it is imported
+    compiler.setup()  # before JAX is loaded, which reads it
     from coca_jax import run  # after the flags: --help must not wait for JAX
 
-    sys.exit(run.run(_CONFIG.value, _WORKDIR.value, evaluate_only=_MODE.value == "evaluate"))
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Reads the flags and returns the other arguments; exits with one line that says what is wrong with them."""
-    try:
-        for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
-            name, equals, value = argument.partition("=")
-            name = name.lstrip("-") if name.startswith("-") else ""
-            file = (value if equals else following).split(":")[0]
-            if name == "config" and not os.path.isfile(file):
-                raise config.ConfigError(
-                    f"--config={file}: no such file; a recipe is a file such as configs/quickstart.py"
-                )
-            if name.startswith("config."):
-                config.check_key(name.removeprefix("config."))
-        return flags.FLAGS(argv)
-    except SystemExit as done:
-        # absl ends with 1 after its help, which is no failure.
-        sys.exit(0 if {"--help", "--helpshort", "--helpfull"} & set(argv) else done.code)
-    except Exception as error:  # a recipe is a program: it may raise anything
-        sys.exit(f"error: {_one_line(error)}")
-
-
-def _one_line(error: BaseException) -> str:
-    """The message, on one line; of an error in a recipe, where in its file it was raised."""
-    cause: BaseException | None = error
-    while cause is not None:
-        for frame in traceback.extract_tb(cause.__traceback__):
-            if frame.name == "get_config":
-                return f"{frame.filename}:{frame.lineno}: {type(cause).__name__}: {' '.join(str(cause).split())}"
-        cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())
+    processes = {f"--{flag.name}": flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
+    sys.exit(
+        run.run(
+            _CONFIG.value,
+            _WORKDIR.value,
+            evaluate_only=_MODE.value == "evaluate",
+            profile=_PROFILE.value,
+            processes=processes,
+            timeout=_TIMEOUT.value,
+        )
+    )
 
 
 def cli() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's notes to itself
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=commandline.parse)
 
 
 if __name__ == "__main__":

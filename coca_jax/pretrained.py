@@ -92,6 +92,8 @@ def load(workdir: epath.PathLike, *, step: int | None = None, image_size: int | 
     """
     workdir = epath.Path(workdir)
     c = checkpoint.read_config(workdir)
+    # The kernels belong to the machine that it was trained on; XLA computes the same function anywhere.
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention="xla"))
     if not (workdir / checkpoint.TOKENIZER_FILE).exists():
         raise checkpoint.CheckpointError(f"{workdir} has no {checkpoint.TOKENIZER_FILE}: copy it there from the run")
     with checkpoint.Checkpoints(workdir) as checkpoints:

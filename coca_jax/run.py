@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging as std_logging
 import os
+import signal
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,40 +25,60 @@ from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import report, suite
 from coca_jax.train import checkpoint, loop
 from coca_jax.train import state as states
+from coca_jax.train.profile import Steps, read_steps
 from coca_jax.train.state import TrainState
 
 EXIT_STOPPED = 143  # 128 + SIGTERM: saved, and can go on
 
 
-def run(values: Mapping[str, Any], workdir: str, *, evaluate_only: bool = False) -> int | str:
-    """Trains (or only evaluates) and writes the report.
+def run(
+    values: Mapping[str, Any],
+    workdir: str,
+    *,
+    evaluate_only: bool = False,
+    profile: str = "",
+    processes: Mapping[str, str] | None = None,
+    timeout: float = distributed.TIMEOUT,
+) -> int | str:
+    """Trains (or only evaluates) and writes the report. Each process of a job calls it with the same arguments.
 
     Args:
       values: the configuration, a ConfigDict.
       workdir: folder or bucket.
       evaluate_only: evaluate the newest checkpoint instead of training.
+      profile: steps to trace, `start:stop`; empty: none.
+      processes: flags of `distributed.initialize`; None or empty values: as the environment says.
+      timeout: seconds to wait for the other processes.
 
     Returns:
-      What to exit with: 0, EXIT_STOPPED, or one line that says what is wrong.
+      What to exit with: 0, EXIT_STOPPED, or one line that says what is wrong. In a job of several processes, a process
+      in which something is wrong prints that line and ends here, so that the others do not wait for it.
     """
     started = time.monotonic()
     _quiet()
     try:
         c = config.from_config_dict(values)
         config.check(c)
-        distributed.initialize()
-        _compilation_cache()
-        config.check(c, jax.device_count())
-        return _run(c, epath.Path(os.path.expanduser(workdir)), evaluate_only, started)
-    except (ConfigError, DataError, checkpoint.CheckpointError, loop.NotFinite) as error:
-        return f"error: {error}"
+        profile_steps = read_steps(profile, c.steps)
+        distributed.initialize(processes, timeout)
+        config.check(c, jax.device_count(), slice_count=sharding.slice_count(), platform=jax.default_backend())
+        return _run(c, epath.Path(os.path.expanduser(workdir)), evaluate_only, profile_steps, started)
     except loop.Stopped as stopped:
-        print(stopped)
+        _say(stopped)
         return EXIT_STOPPED
+    except (ConfigError, DataError, checkpoint.CheckpointError, loop.NotFinite, distributed.DistributedError) as error:
+        return distributed.leave(f"error: {error}")
+    except Exception:
+        distributed.leave(traceback.format_exc())
+        raise
 
 
-def _run(c: config.Config, workdir: epath.Path, evaluate_only: bool, started: float) -> int | str:
-    mesh = sharding.make_mesh(config.mesh_shape(c.mesh, jax.device_count()))
+def _run(
+    c: config.Config, workdir: epath.Path, evaluate_only: bool, profile_steps: Steps | None, started: float
+) -> int | str:
+    slices = sharding.slice_count()
+    shape = config.mesh_shape(c.mesh, jax.device_count(), slice_count=slices)
+    mesh = sharding.make_mesh(shape, dcn=config.dcn_shape(c.mesh, slices))
     if not c.data.train:
         raise ConfigError(
             "config.data.train is empty: set it to a source, e.g. --config.data.train=emoji:train (built in, prepared "
@@ -65,35 +88,69 @@ def _run(c: config.Config, workdir: epath.Path, evaluate_only: bool, started: fl
     tokenizer = _tokenizer(c, source)
     loop.check_tokenizer(c, tokenizer)
     held_out = {spec: sources.open_source(spec) for spec in (*c.evaluate.splits, c.evaluate.zero_shot) if spec}
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return f"error: --workdir={workdir} cannot be made: {error}"
-    checkpoint.keep_config(workdir, c)
-    if jax.process_index() == 0:
-        tokenizer.save(workdir / checkpoint.TOKENIZER_FILE)
+    leaves = jax.tree_util.tree_leaves_with_path(dataclasses.asdict(c))
+    distributed.check_same(
+        {"config." + sharding.path_of(path).replace("/", "."): value for path, value in leaves}
+        | {f"the fingerprint of {s.name}": s.fingerprint() for s in (source, *held_out.values())}
+        | {"the version of jax": jax.__version__, "evaluation alone": evaluate_only}
+    )
+    _begin(c, workdir, tokenizer)
 
-    parameters = states.parameter_count(states.abstract_parameters(c))
+    abstract = states.abstract_parameters(c)
+    sharding.warn_unsharded(abstract, mesh)
+    parameters = states.parameter_count(abstract)
     evaluator = _Evaluator(c, workdir, mesh, source, held_out, tokenizer)
     devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
-    print(f"{parameters / 1e6:.1f}M parameters, {devices}, mesh {dict(mesh.shape)}")
-    with checkpoint.Checkpoints(workdir) as found:
-        at = found.latest()
+    of_processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    _say(f"{parameters / 1e6:.1f}M parameters, {devices}{of_processes}, mesh {dict(mesh.shape)}")
     page = workdir / report.REPORT_FILE
-    if at == c.steps and page.exists() and not evaluate_only:
-        print(f"complete: {workdir} has been trained to step {at}; the report is {page}")
+    with checkpoint.Checkpoints(workdir) as found:
+        at, reported = distributed.gather([found.latest(), page.exists()])[0]
+    if at == c.steps and reported and not evaluate_only:
+        _say(f"complete: {workdir} has been trained to step {at}; the report is {page}")
         return 0
     if at == c.steps or evaluate_only:
+        if jax.process_count() > 1:  # JAX keeps the signal for a training that could save
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         results = evaluator.from_checkpoint()
     else:
-        state = loop.train(c, workdir, mesh, source, tokenizer, evaluator)
+        state = loop.train(c, workdir, mesh, source, tokenizer, evaluator, profile_steps)
         results = evaluator.results or evaluator.of(state)
-    if jax.process_index() == 0:
+    if distributed.is_first():
         seconds = time.monotonic() - started
         report.write(workdir, c, results, parameters=parameters, seconds=seconds, attribution=source.attribution)
         print(_summary(c, results.metrics))
         print(f"report: {page}")
     return 0
+
+
+def _begin(c: config.Config, workdir: epath.Path, tokenizer: Tokenizer) -> None:
+    """Makes the workdir, or sees that it is this run's: by the first process; then all see that it is one folder.
+
+    Raises:
+      ConfigError: it cannot be made, is another run's, or the processes do not share it.
+    """
+    problem = ""
+    if distributed.is_first():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            checkpoint.keep_config(workdir, c)
+            tokenizer.save(workdir / checkpoint.TOKENIZER_FILE)
+        except OSError as error:
+            problem = f"--workdir={workdir} cannot be made or written: {error}"
+        except (ConfigError, checkpoint.CheckpointError) as error:
+            problem = str(error)
+    if problem := distributed.gather(problem)[0]:
+        raise ConfigError(problem)
+    path, deadline = workdir / checkpoint.CONFIG_FILE, time.monotonic() + 30
+    # A network folder may show what another host has written some seconds later.
+    while not (seen := path.exists() and path.read_text() == config.to_json(c)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if blind := [str(index) for index, sees in enumerate(distributed.gather(seen)) if not sees]:
+        raise ConfigError(
+            f"--workdir={workdir} is not one folder: what process 0 wrote into it is not seen by process "
+            f"{', '.join(blind)}; checkpoints need a folder or bucket that all hosts share"
+        )
 
 
 class _Evaluator:
@@ -143,15 +200,21 @@ class _Evaluator:
             generate=bind(apply.caption, apply.has_captioning),
         )
 
+        place = sharding.batch_sharding(self._mesh)
+        shards = self._mesh.shape["replica"] * self._mesh.shape["fsdp"]
+        batch_size = -(-c.evaluate.batch_size // shards) * shards
+
         def batches(source: sources.Source) -> Any:
-            return pipeline.eval_batches(
+            loader = pipeline.eval_batches(
                 source,
                 self._tokenizer,
                 c.data,
                 image_size=c.model.image.size,
                 length=c.model.text.length,
-                batch_size=c.evaluate.batch_size,
+                batch_size=batch_size,
+                rows=pipeline.process_rows(place, batch_size),
             )
+            return pipeline.place(loader, place, batch_size, c.data.prefetch)
 
         self.results = suite.run(
             functions,
@@ -162,9 +225,15 @@ class _Evaluator:
             reference=self._source,
             reference_style=c.evaluate.reference_style,
             cache=self._workdir / "pixel_baseline.json",
-            progress=jax.process_index() == 0,
+            processes=suite.Processes(jax.process_index(), jax.process_count(), distributed.gather),
         )
         return self.results
+
+
+def _say(text: object) -> None:
+    """Prints, from the first process."""
+    if distributed.is_first():
+        print(text)
 
 
 def _summary(c: config.Config, metrics: Mapping[str, float]) -> str:
@@ -203,10 +272,3 @@ def _quiet() -> None:
     logging.get_absl_handler().addFilter(
         lambda record: record.levelno >= std_logging.ERROR or "coca_jax" in record.pathname
     )
-
-
-def _compilation_cache() -> None:
-    """Compiled programs are kept between runs: a resumed run starts at once. JAX_COMPILATION_CACHE_DIR moves them."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = os.environ.get("COCA_JAX_CACHE", os.path.join(os.path.expanduser("~"), ".cache", "coca_jax"))
-        jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "xla"))

@@ -6,12 +6,16 @@ activations are placed by the tables below and by nothing else.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("replica", "fsdp", "tensor")
@@ -46,21 +50,59 @@ _PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"position_embedding$", ("position", "embed")),
     (r"pooler/query_tokens$", ("position", "embed")),
     (r"/(bias|scale|class_token|cls_embedding)$", ("width",)),
-    (r"^logit_scale$", ()),
+    (r"^logit_(scale|bias)$", ()),
 )
 
 
-def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:
+def slice_count(devices: Sequence[jax.Device] | None = None) -> int:
+    """Groups of devices that the fast network joins: slices of TPUs, GPU nodes as JAX finds them, otherwise processes.
+
+    The slower network between them is what `config.Mesh` calls DCN.
+    """
+    return len({_slice_of(d) for d in (jax.devices() if devices is None else devices)})
+
+
+def make_mesh(
+    shape: tuple[int, int, int],
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    dcn: tuple[int, int, int] = (1, 1, 1),
+) -> Mesh:
     """A mesh of (replica, fsdp, tensor) devices, laid out for the interconnect by JAX.
 
+    Args:
+      shape: sizes of the axes in the whole job.
+      devices: those of the job if None.
+      dcn: how many slices lie along each axis. Each axis then counts slice by slice: neighbours along it are in one
+        slice, but for `dcn - 1` steps from a slice to the next.
+
     Raises:
-      ValueError: the shape does not use every device.
+      ValueError: the shape does not use every device, or dcn does not use every slice or divide the shape.
     """
     devices = jax.devices() if devices is None else devices
+    named = dict(zip(MESH_AXES, shape, strict=True))
     if math.prod(shape) != len(devices):
-        raise ValueError(f"mesh {dict(zip(MESH_AXES, shape, strict=True))} does not use the {len(devices)} devices")
+        raise ValueError(f"mesh {named} does not use the {len(devices)} devices")
+    if math.prod(dcn) > 1:
+        if math.prod(dcn) != slice_count(devices) or any(n % d for n, d in zip(shape, dcn, strict=True)):
+            raise ValueError(f"mesh {named} cannot lie over {slice_count(devices)} slices as {dcn}")
+        inside = [n // d for n, d in zip(shape, dcn, strict=True)]
+        # Splitting a physical axis is what JAX tries last, where no whole axes make up the shape.
+        array = mesh_utils.create_hybrid_device_mesh(
+            inside, dcn, devices, process_is_granule=not _has_slices(devices[0]), allow_split_physical_axes=True
+        )
+    else:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # Auto: the compiler propagates shardings. jax.make_mesh's default (Explicit) makes a plain Flax Dense raise.
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _has_slices(device: jax.Device) -> bool:
+    return getattr(device, "slice_index", None) is not None
+
+
+def _slice_of(device: jax.Device) -> int:
+    return device.slice_index if _has_slices(device) else device.process_index
 
 
 def spec(*axes: str | None) -> PartitionSpec:
@@ -89,6 +131,27 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, _fit(spec(*axes), x.shape, dict(mesh.shape)))
+
+
+def per_shard(
+    function: Callable[..., jax.Array], *arrays: tuple[jax.Array | None, tuple[str | None, ...]]
+) -> jax.Array:
+    """`function(*arrays)` on each device with its shards alone, for kernels that the compiler cannot split.
+
+    Args:
+      function: of the arrays' shards; each shard's result must depend on nothing else. The result has the axes of the
+        first array.
+      *arrays: each with its logical axes, as `shard` takes them. An axis that the mesh does not divide evenly is whole
+        on each device. None is handed on.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*(x for x, _ in arrays))
+    sizes = dict(mesh.shape)
+    specs = tuple(None if x is None else _fit(spec(*axes), x.shape, sizes) for x, axes in arrays)
+    # check_vma: a kernel does not say over which axes its result varies.
+    mapped = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return mapped(*(x for x, _ in arrays))
 
 
 def parameter_axes(path: str, ndim: int) -> tuple[str, ...]:
@@ -139,6 +202,71 @@ def tree_shardings(tree: Any, parameters: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+LARGE = 2**20  # bytes that a device may hold of a parameter which could be split further, before that is reported
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsharded:
+    """A large parameter of which devices hold copies.
+
+    Attributes:
+      path, shape: of the parameter.
+      device_bytes: what each device holds of it.
+      reason: one line, with what would help.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    device_bytes: int
+    reason: str
+
+
+def unsharded(parameters: Any, mesh: Mesh, *, large: int = LARGE) -> list[Unsharded]:
+    """The large parameters that the mesh splits less than it could, largest first.
+
+    Either an axis that should be split does not divide evenly, so that each device along it holds all of that axis, or
+    no axis of the parameter is split along any axis of this mesh. Copies along `replica` are meant, and not reported.
+
+    Args:
+      parameters: arrays or jax.ShapeDtypeStructs, a nested dict.
+      mesh: of MESH_AXES.
+      large: bytes on a device from which a parameter is reported.
+    """
+    sizes = dict(mesh.shape)
+    found: list[Unsharded] = []
+    if sizes["fsdp"] * sizes["tensor"] == 1:
+        return found
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        path = path_of(key_path)
+        axes = parameter_axes(path, leaf.ndim)
+        place = NamedSharding(mesh, _fit(spec(*axes), leaf.shape, sizes))
+        held = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        if held < large:
+            continue
+        reasons = []
+        for axis, size in zip(axes, leaf.shape, strict=True):
+            parts = math.prod(sizes[name] for name in RULES[axis])
+            if size % parts:
+                name = " x ".join(f"mesh.{name}" for name in RULES[axis])
+                fits = max(n for n in range(1, parts) if size % n == 0)
+                below, above = size // parts * parts, -(-size // parts) * parts
+                near = f"{below} or {above}" if below else f"{above}"
+                reasons.append(f"{axis}={size} is not divisible by {name}={parts}: {near} would be, or {name}={fits}")
+        if not reasons and place.is_fully_replicated:
+            wanted = sorted({name for axis in axes for name in RULES[axis]})
+            reasons = [f"only mesh.{' and mesh.'.join(wanted)} would split it" if wanted else "no rule splits it"]
+        if reasons:
+            found.append(Unsharded(path, tuple(leaf.shape), held, "; ".join(reasons)))
+    return sorted(found, key=lambda u: (-u.device_bytes, u.path))
+
+
+def warn_unsharded(parameters: Any, mesh: Mesh) -> None:
+    """Logs what `unsharded` finds, a warning for each, from the first process."""
+    for found in unsharded(parameters, mesh) if jax.process_index() == 0 else ():
+        shape, size = "x".join(map(str, found.shape)), found.device_bytes / 2**20
+        logging.warning("%s (%s) holds %.1f MiB on each device: %s", found.path, shape, size, found.reason)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

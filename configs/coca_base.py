@@ -6,8 +6,10 @@
 
 The paper's recipe: batch 65,536, 500k steps, Adafactor with momentum 0.9 and second-moment decay 0.999, decoupled
 weight decay 0.01, peak learning rate 8e-4 after 2% of linear warm-up, linear decay, 288 px, 64 tokens of a 64k
-vocabulary. A smaller machine: --config.batch_size=4096 --config.steps=... (the learning rate is the paper's for its
-batch).
+vocabulary. For 256 TPU v4 chips (python -m coca_jax.plan --config=configs/coca_base.py --topology=v4:4x8x8; figures
+in docs/planner.md): parameters and optimiser state sharded over 8 chips, 32 such replicas. A smaller machine:
+--config.batch_size=4096 --config.steps=... (the learning rate is the paper's for its batch), and with fewer than 8
+devices --config.mesh.fsdp=-1 --config.mesh.replica=1.
 """
 
 import ml_collections
@@ -18,6 +20,7 @@ from coca_jax.config import default
 def get_config() -> ml_collections.ConfigDict:
     c = default()  # the defaults are this model and this recipe
     c.model.image.remat = c.model.text.remat = "dots"
+    c.mesh.update(replica=-1, fsdp=8)
     c.evaluate.every = 10_000
     c.checkpoint.every = 2_500
     return c

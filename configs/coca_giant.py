@@ -4,8 +4,9 @@
         --config.data.train='array_record:gs://BUCKET/pairs/train-*.array_record' \\
         --config.data.tokenizer=gs://BUCKET/pairs/tokenizer.model
 
-The recipe is that of coca_base.py, for 2,048 TPU v4 chips: parameters and optimiser state sharded over 64 chips, 32
-such replicas. The table's 1.1B for this decoder is met with the softmax tied to the token embedding (1.09B; untied
+The recipe is that of coca_base.py, for 2,048 TPU v4 chips (python -m coca_jax.plan --config=configs/coca_giant.py
+--topology=v4:8x16x16; figures in docs/planner.md): parameters and optimiser state sharded over 64 chips, 32 such
+replicas. The table's 1.1B for this decoder is met with the softmax tied to the token embedding (1.09B; untied
 1.18B), those of Base and Large with two separate matrices.
 """
 

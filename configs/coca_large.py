@@ -4,7 +4,9 @@
         --config.data.train='array_record:gs://BUCKET/pairs/train-*.array_record' \\
         --config.data.tokenizer=gs://BUCKET/pairs/tokenizer.model
 
-The recipe is that of coca_base.py.
+The recipe is that of coca_base.py, for 512 TPU v4 chips (python -m coca_jax.plan --config=configs/coca_large.py
+--topology=v4:8x8x8; figures in docs/planner.md): parameters and optimiser state sharded over 8 chips, 64 such
+replicas.
 """
 
 import ml_collections
@@ -18,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.image.update(width=1024, depth=24, heads=16, mlp_dim=4096, remat="dots")
     c.model.text.update(width=1024, heads=16, mlp_dim=4096, n_uni=12, n_multi=12, remat="dots")
     c.model.pooler.heads = 16
+    c.mesh.update(replica=-1, fsdp=8)
     c.evaluate.every = 10_000
     c.checkpoint.every = 2_500
     return c

@@ -2,7 +2,7 @@
 
     python -m coca_jax.main --config=configs/emoji.py --workdir=runs/emoji
 
-It took 57 minutes on one CPU core (2026-11-23); two idle cores make twice as many steps a second.
+It took 97 minutes on one CPU core (2026-11-23); two idle cores make twice as many steps a second.
 """
 
 import pathlib

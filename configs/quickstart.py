@@ -13,7 +13,7 @@ from coca_jax.config import default
 
 def get_config() -> ml_collections.ConfigDict:
     c = default()
-    c.steps, c.batch_size, c.log_every = 600, 128, 10
+    c.steps, c.batch_size, c.log_every = 800, 128, 10
     c.model.update(embed_dim=128, dtype="float32")
     # 36 patches; wide enough for a CPU's matrix units, few enough layers for its minutes. Layers are unrolled: a CPU
     # gains more from that than it pays in compilation.

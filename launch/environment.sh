@@ -1,4 +1,4 @@
-# The virtual environment that quickstart, test and .ci/run share. Sourced by them (bash), not run.
+# The virtual environment that quickstart, test, .ci/run and the machines of a cluster share. Sourced by them (bash), not run.
 #
 #   source launch/environment.sh
 #   make_environment emoji     # sets $python: the interpreter in which coca_jax[emoji] is installed
@@ -80,6 +80,16 @@ find_python() {
   return 1
 }
 
+# find_or_fetch_python HAVE_UV -> find_python, or one that uv fetches where there is none and none is asked for.
+find_or_fetch_python() {
+  if [[ -z ${PYTHON:-} ]] && $1 && ! find_python >/dev/null 2>&1; then
+    say "No Python 3.11 or newer here: uv fetches 3.12"
+    uv python install 3.12 >&2 && uv python find 3.12
+  else
+    find_python
+  fi
+}
+
 # What an installation depends on: while this is unchanged, there is nothing to install. An editable installation
 # points into this repository, so a clone that was moved is installed again.
 installation_stamp() {
@@ -87,9 +97,12 @@ installation_stamp() {
   cat "$repository/setup.py" "$repository/pyproject.toml"
 }
 
-# make_environment EXTRA: creates the environment, installs coca_jax[EXTRA] in it, and sets $python.
+# make_environment EXTRA: creates the environment, installs coca_jax[EXTRA] in it (or coca_jax where EXTRA is empty), and
+# sets $python.
 make_environment() {
   local extras=$1${COCA_JAX_EXTRAS:+,$COCA_JAX_EXTRAS}
+  extras=${extras#,}
+  local package=coca_jax${extras:+[$extras]}
   local venv=${COCA_JAX_VENV:-$repository/.venv}
   if [[ $venv != /* ]]; then venv=$PWD/$venv; fi
   local base version started=$SECONDS stamp
@@ -103,7 +116,7 @@ make_environment() {
       say "error: $venv exists but holds no Python that starts: remove it, or set COCA_JAX_VENV to another folder"
       return 1
     fi
-    base=$(find_python) || return 1
+    base=$(find_or_fetch_python "$have_uv") || return 1
     say "Creating $venv with Python $(python_version "$base") ($base)"
     if $have_uv; then
       uv venv --quiet --python "$base" "$venv" || return 1
@@ -130,14 +143,14 @@ make_environment() {
   fi
   rm -f "$stamp"
   if $have_uv; then
-    say "Installing coca_jax[$extras] with uv"
-    uv pip install --python "$python" --editable "${repository}[$extras]" || return 1
+    say "Installing $package with uv"
+    uv pip install --python "$python" --editable "$repository${package#coca_jax}" || return 1
   else
-    say "Installing coca_jax[$extras] with pip: some minutes the first time"
+    say "Installing $package with pip: some minutes the first time"
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip --upgrade >/dev/null || return 1
     local options=(--disable-pip-version-check)
     if [[ ! -t 1 ]]; then options+=(--quiet); fi # a progress bar for a person, silence for a log
-    "$python" -m pip install "${options[@]}" --editable "${repository}[$extras]" || return 1
+    "$python" -m pip install "${options[@]}" --editable "$repository${package#coca_jax}" || return 1
   fi
   installation_stamp "$extras" "$python" >"$stamp"
   say "Installed in $(duration $((SECONDS - started)))"

@@ -16,7 +16,7 @@ from tests import tiny
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 # Recipe -> devices that it is meant for. A recipe that is not named here fails the test of their names.
-RECIPES = {"coca_base": 512, "coca_large": 512, "coca_giant": 2048, "debug": 1, "emoji": 1, "quickstart": 1}
+RECIPES = {"coca_base": 256, "coca_large": 512, "coca_giant": 2048, "debug": 1, "emoji": 1, "quickstart": 1}
 
 
 def recipe(name: str) -> Config:
@@ -26,6 +26,12 @@ def recipe(name: str) -> Config:
 def broken(**changes: Any) -> Callable[[], None]:
     """Checks the small configuration with other values, on 8 devices."""
     return lambda: config.check(tiny.replace(tiny.CONFIG, **changes), 8)
+
+
+def on(platform: str, slice_count: int = 1, **changes: Any) -> Callable[[], None]:
+    """Checks the small configuration with other values, on 8 devices of a platform."""
+    c = tiny.replace(tiny.CONFIG, **changes)
+    return lambda: config.check(c, 8, slice_count=slice_count, platform=platform)
 
 
 def read(values: Any) -> Callable[[], object]:
@@ -68,8 +74,21 @@ BROKEN: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "std": (broken(data__std=(1.0, 0.0, 1.0)), ("config.data.std=(1.0, 0.0, 1.0)", "more than 0")),
     "decay mask": (broken(optimizer__decay_mask="("), ("config.optimizer.decay_mask: '('", "an example: '.*/kernel$'")),
     "freeze": (broken(optimizer__freeze=("a", "[")), ("config.optimizer.freeze: '['", "regular expression")),
+    "sigmoid without a bias": (
+        broken(loss__contrastive="sigmoid"),
+        ("config.model.logit_bias=0", "config.loss.contrastive='sigmoid'", "set it to -10", "temperature to 0.1"),
+    ),
+    "softmax with a bias": (
+        broken(model__logit_bias=-10.0),
+        ("config.model.logit_bias=-10.0", "config.loss.contrastive='softmax'", "set it to 0"),
+    ),
     "batch": (broken(batch_size=12), ("config.batch_size=12", "8 shards", "near it: 8, 16")),
     "batch smaller than the mesh": (broken(batch_size=3), ("config.batch_size=3", "near it: 8, 16")),
+    "microbatches": (broken(microbatches=3), ("config.microbatches=3", "config.batch_size=8", "it may be 1, 2, 4, 8")),
+    "microbatches smaller than the mesh": (
+        broken(batch_size=16, microbatches=4),
+        ("config.microbatches=4", "config.batch_size=16", "4 rows", "8 shards", "it may be 1, 2"),
+    ),
     "heads over devices": (
         broken(mesh__tensor=8),
         ("config.model.image.heads=2", "config.mesh.tensor=8", "it may be 1, 2"),
@@ -82,6 +101,42 @@ BROKEN: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "an axis that does not divide": (
         broken(mesh__replica=3),
         ("replica=3", "3 does not divide the 8 devices", "what does: 1, 2, 4, 8"),
+    ),
+    "slices that are not there": (
+        broken(mesh__dcn_replica=2),
+        ("dcn_replica=2, dcn_fsdp=1", "names 2 slices where there are 1"),
+    ),
+    "slices that do not divide": (
+        on("tpu", slice_count=4, mesh__dcn_replica=3, mesh__dcn_fsdp=-1),
+        ("dcn_replica=3, dcn_fsdp=-1", "3 does not divide the 4 slices", "what does: 1, 2, 4"),
+    ),
+    "two kinds of slices are the rest": (
+        on("gpu", slice_count=2, mesh__dcn_replica=-1, mesh__dcn_fsdp=-1),
+        ("dcn_replica=-1, dcn_fsdp=-1", "at most one is -1"),
+    ),
+    "devices of a slice": (
+        on("tpu", slice_count=2, mesh__dcn_replica=-1, mesh__fsdp=8),
+        ("replica=1, fsdp=8, tensor=1", "names 8 devices of each of the 2 slices where there are 4"),
+    ),
+    "slices without an axis": (
+        on("tpu", slice_count=2),
+        ("dcn_replica=1, dcn_fsdp=1", "2 slices", "8 chips", "set config.mesh.dcn_replica=-1"),
+    ),
+    "cudnn elsewhere": (
+        on("cpu", model__attention="cudnn", model__dtype="bfloat16"),
+        ("config.model.attention='cudnn' runs on a gpu", "this is a cpu", "'xla'"),
+    ),
+    "flash elsewhere": (
+        on("gpu", model__attention="flash"),
+        ("config.model.attention='flash' runs on a tpu", "this is a gpu", "'xla'"),
+    ),
+    "cudnn in float32": (
+        broken(model__attention="cudnn"),
+        ("config.model.attention='cudnn'", "config.model.dtype='float32'", "'bfloat16'"),
+    ),
+    "cudnn with narrow heads": (
+        broken(model__attention="cudnn", model__dtype="bfloat16", model__image__heads=4),
+        ("multiple of 8 up to 128", "config.model.image.width=16", "config.model.image.heads=4", "is 4"),
     ),
     "axes of other devices": (broken(mesh__fsdp=4), ("fsdp=4", "names 4 devices where there are 8", "one axis to -1")),
     "patches": (
@@ -137,8 +192,8 @@ def test_what_cannot_run_is_refused_in_one_line(name: str) -> None:
 
 def test_every_rule_has_an_example() -> None:
     rules = set()
-    functions = (config.check, config.check_model, config.mesh_shape, config.check_key, config._known)
-    for function in (*functions, config._freeze, config._coerce):
+    functions = (config.check, config.check_model, config.mesh_shape, config._resolve, config.check_key)
+    for function in (*functions, config._known, config._freeze, config._coerce):
         lines, first = inspect.getsourcelines(function)
         for node in ast.walk(ast.parse("".join(lines))):
             if isinstance(node, ast.Raise):
@@ -154,7 +209,15 @@ def test_every_rule_has_an_example() -> None:
 
 def test_every_number_has_a_bound() -> None:
     tables = {*config._POSITIVE, *config._NOT_NEGATIVE, *config._SHARE}
-    elsewhere = {"seed", "mesh.replica", "mesh.fsdp", "mesh.tensor"}  # have rules of their own
+    elsewhere = {
+        "seed",
+        "model.logit_bias",
+        "mesh.replica",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "mesh.dcn_replica",
+        "mesh.dcn_fsdp",
+    }  # have rules of their own
 
     def numbers(values: dict[str, Any], path: str = "") -> list[str]:
         found = []
@@ -207,6 +270,26 @@ def test_a_typo_in_a_recipe_fails_with_a_suggestion() -> None:
 )
 def test_the_mesh_fills_the_devices(mesh: config.Mesh, devices: int, shape: tuple[int, int, int]) -> None:
     assert config.mesh_shape(mesh, devices) == shape
+
+
+@pytest.mark.parametrize(
+    ("mesh", "slices", "shape", "dcn"),
+    [
+        (config.Mesh(dcn_replica=-1), 1, (1, 16, 1), (1, 1, 1)),  # the rest of one slice is nothing
+        (config.Mesh(dcn_replica=-1), 4, (4, 4, 1), (4, 1, 1)),
+        (config.Mesh(dcn_fsdp=4, tensor=2), 4, (1, 8, 2), (1, 4, 1)),
+        (config.Mesh(replica=2, dcn_replica=2, dcn_fsdp=-1), 4, (4, 4, 1), (2, 2, 1)),
+    ],
+)
+def test_sizes_are_inside_a_slice_where_slices_have_an_axis(
+    mesh: config.Mesh, slices: int, shape: tuple[int, int, int], dcn: tuple[int, int, int]
+) -> None:
+    assert config.mesh_shape(mesh, 16, slice_count=slices, platform="tpu") == shape
+    assert config.dcn_shape(mesh, slices) == dcn
+
+
+def test_groups_of_devices_that_are_no_slices_need_no_axis() -> None:
+    assert config.mesh_shape(config.Mesh(), 16, slice_count=2, platform="gpu") == (1, 16, 1)
 
 
 def test_every_recipe_is_named() -> None:

@@ -6,11 +6,9 @@ because the number of devices is fixed when JAX starts: see `run_python`.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import textwrap
@@ -30,24 +28,24 @@ os.environ |= STRICT
 # Small programs run for a moment and are compiled for seconds: without the optimiser's passes, half as long.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]).strip()
 
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if _WORKER and hasattr(os, "sched_setaffinity"):
+    # One core for each of pytest-xdist's workers, before JAX counts them: XLA's threads wait for each other at every
+    # operation, so that two workers that share two cores are slower than one.
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_WORKER.removeprefix("gw")) % len(_cores)]})
+
 import jax  # noqa: E402  (after its environment)
 
-
-def _processor() -> str:
-    """Tells processors apart that cannot run each other's programs."""
-    try:
-        cpuinfo = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        cpuinfo = []
-    lines = sorted({line for line in cpuinfo if line.startswith(("model name", "flags", "Features"))})
-    return hashlib.sha256("\n".join([platform.processor(), *lines]).encode()).hexdigest()[:12]
+from coca_jax import compiler  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Compiled programs are kept for the next run, about three times quicker to load than to compile and bit-identical.
-    # Only for this process: a process that a test kills would leave half-written entries. One folder for each kind of
-    # processor, which JAX does not look at. `pytest --cache-clear` empties it.
-    folder = config.cache.mkdir(f"jax-{_processor()}")
+    # Only for this process: one that a test kills would leave half-written entries, and one could read the entry that
+    # another is writing. One folder for each kind of processor, which JAX does not look at. `pytest --cache-clear`
+    # empties them.
+    folder = config.cache.mkdir(f"jax-{compiler.processor()}-{_WORKER or 'main'}")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -97,6 +95,9 @@ def _run_python(
         **os.environ,
         **STRICT,
         "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
+        # Threads that XLA's CPU devices share. By default as many as devices: collectives of a loop and of the program
+        # around it may wait at the same time, and with every thread waiting for another device nothing moves any more.
+        "PJRT_NPROC": str(8 * devices),
         # So that the repository is found from any cwd, its configs/ and tests/ included.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
         **(env or {}),

@@ -83,7 +83,7 @@ def test_flags_and_recipes(
         ),
         # A model of a billion parameters: only its shapes are thought of, on whatever machine.
         (
-            ["--config=configs/coca_large.py", "--workdir={folder}/run"],
+            ["--config=configs/coca_large.py", "--workdir={folder}/run", "--config.mesh.fsdp=1"],
             ["config.data.train is empty", "--config.data.train=", "coca_jax.data.prepare"],
             1,
         ),

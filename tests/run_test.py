@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import coca_jax
-from coca_jax import run
+from coca_jax import config, run
 from coca_jax.config import ConfigError
+from coca_jax.model import flops
 from coca_jax.train.checkpoint import CheckpointError
 from coca_jax.train.metrics import read_lines
 from tests import pairs
@@ -33,8 +34,19 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def workdir(recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("run")
-    assert run.run(recipe, str(folder)) == 0
+    assert run.run(recipe, str(folder), profile="5:5") == 0
     return folder
+
+
+def test_a_run_says_how_fast_it_was_and_leaves_the_trace_asked_for(recipe: Any, workdir: pathlib.Path) -> None:
+    last = [line for line in read_lines(workdir / "metrics.jsonl") if "loss" in line][-1]
+    assert last["images_per_second_per_device"] == last["examples_per_second"] / jax.device_count() > 0
+    per_step = flops.of_step(config.from_config_dict(recipe))
+    steps_per_second = last["examples_per_second"] / recipe.batch_size
+    assert last["model_tflops_per_device"] * 1e12 * jax.device_count() == pytest.approx(per_step * steps_per_second)
+    assert "mfu" not in last  # what a CPU could do is not known
+    assert len(list(workdir.glob("profile/plugins/profile/*/*.xplane.pb"))) == 1
+    assert "--profile=5:7 goes beyond the run" in str(run.run(recipe, str(workdir), profile="5:7"))
 
 
 def test_a_run_leaves_metrics_checkpoints_and_a_report(workdir: pathlib.Path) -> None:

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
+import logging
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from coca_jax import sharding
+from coca_jax import config, sharding
 from coca_jax.train import optimizer, state
 from tests import tiny
 
@@ -42,6 +47,121 @@ def test_shard_does_nothing_without_a_mesh() -> None:
 def test_a_mesh_must_use_every_device() -> None:
     with pytest.raises(ValueError, match="does not use the 1 devices"):
         sharding.make_mesh((1, 2, 1), jax.devices()[:1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Stands in for a device of a job that is not here: what the library's layout of meshes asks a device for."""
+
+    id: int
+    process_index: int
+    slice_index: int | None = None
+    platform: str = "gpu"
+    device_kind: str = "stand-in"
+
+
+def slices_of(mesh: Any, axis: str, of: str = "slice_index") -> set[tuple[int, ...]]:
+    """The slices that one goes through along an axis, from each place of the others."""
+    lines = np.moveaxis(mesh, sharding.MESH_AXES.index(axis), -1).reshape(
+        -1, mesh.shape[sharding.MESH_AXES.index(axis)]
+    )
+    return {tuple(getattr(device, of) for device in line) for line in lines}
+
+
+@pytest.fixture
+def plain_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meshes of stand-ins are arrays: JAX makes a Mesh of its own devices alone."""
+    monkeypatch.setattr(sharding, "Mesh", lambda array, *_, **__: array)
+
+
+# Devices as they may be listed: those of a slice need not be next to each other.
+SLICES = [Chip(id=i, process_index=i // 2, slice_index=i % 2) for i in range(16)]
+NODES = [Chip(id=i, process_index=i // 8) for i in range(16)]
+
+
+@pytest.mark.parametrize(("devices", "of"), [(SLICES, "slice_index"), (NODES, "process_index")])
+def test_an_axis_leaves_a_slice_only_where_dcn_says_so(devices: list[Any], of: str, plain_mesh: None) -> None:
+    assert sharding.slice_count(devices) == 2
+    mesh: Any = sharding.make_mesh((2, 4, 2), devices, dcn=(2, 1, 1))
+    assert mesh.shape == (2, 4, 2) and len(set(mesh.flat)) == 16
+    assert slices_of(mesh, "replica", of) == {(0, 1)}
+    assert slices_of(mesh, "fsdp", of) == {(0, 0, 0, 0), (1, 1, 1, 1)}
+    assert slices_of(mesh, "tensor", of) == {(0, 0), (1, 1)}
+    mesh = sharding.make_mesh((2, 4, 2), devices, dcn=(1, 2, 1))
+    assert slices_of(mesh, "replica", of) == {(0, 0), (1, 1)}
+    assert slices_of(mesh, "fsdp", of) == {(0, 0, 1, 1)}  # one step from slice to slice
+    assert slices_of(mesh, "tensor", of) == {(0, 0), (1, 1)}
+
+
+def test_slices_that_do_not_fit_are_an_error() -> None:
+    for dcn in ((4, 1, 1), (1, 1, 2)):
+        with pytest.raises(ValueError, match=r"cannot lie over 2 slices as \("):
+            sharding.make_mesh((4, 4, 1), SLICES, dcn=dcn)
+
+
+COMPILE_FOR_TWO_SLICES = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from coca_jax import config, sharding
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+mesh = config.Mesh(dcn_replica=-1, tensor=2)
+slices = sharding.slice_count(devices)
+shape = config.mesh_shape(mesh, len(devices), slice_count=slices, platform="tpu")
+mesh = sharding.make_mesh(shape, devices, dcn=config.dcn_shape(mesh, slices))
+assert dict(mesh.shape) == {"replica": 2, "fsdp": 2, "tensor": 2}, mesh
+assert [{d.slice_index for d in half.flat} for half in mesh.devices] == [{0}, {1}]
+x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=sharding.batch_sharding(mesh))
+with jax.set_mesh(mesh):
+    program = jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh)).lower(x).compile()
+assert "all-reduce" in program.as_text()
+"""
+
+
+@pytest.mark.slow
+def test_two_slices_of_tpus(run_python) -> None:
+    pytest.importorskip("libtpu", reason="compiles for TPUs with libtpu: pip install libtpu")
+    run_python(COMPILE_FOR_TWO_SLICES, 1, env={"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
+
+
+def mesh_of(replica: int, fsdp: int, tensor: int) -> Any:
+    return jax.sharding.AbstractMesh((replica, fsdp, tensor), sharding.MESH_AXES)
+
+
+def find(c: config.Config, mesh: Any, large: int = 1) -> dict[str, sharding.Unsharded]:
+    return {found.path: found for found in sharding.unsharded(state.abstract_parameters(c), mesh, large=large)}
+
+
+def test_large_parameters_that_are_not_split_are_found() -> None:
+    c = tiny.replace(tiny.CONFIG, model__text__vocab_size=1001, model__text__width=64, model__text__mlp_dim=64)
+    embedding, head = "text_decoder/token_embedding/embedding", "text_decoder/lm_head/kernel"
+    assert find(c, mesh_of(8, 1, 1)) == {}  # copies along replica are meant
+    split = find(c, mesh_of(1, 4, 2), large=20_000)  # 1001 x 64 in float32, over fsdp: 64,064 bytes a device
+    assert list(split) == [head, embedding]
+    assert split[embedding].device_bytes == 1001 * 64 * 4 // 4 and split[embedding].shape == (1001, 64)
+    assert split[embedding].reason == (
+        "vocab=1001 is not divisible by mesh.tensor=2: 1000 or 1002 would be, or mesh.tensor=1"
+    )
+    assert find(c, mesh_of(1, 1, 14), large=20_000)[embedding].reason.endswith(
+        "994 or 1008 would be, or mesh.tensor=13"
+    )
+    # What the reason says helps.
+    for vocabulary, mesh in ((1002, (1, 4, 2)), (1008, (1, 1, 14)), (1001, (1, 1, 13))):
+        c = tiny.replace(c, model__text__vocab_size=vocabulary)
+        assert embedding not in find(c, mesh_of(*mesh), large=9_000), vocabulary
+    # Without fsdp no axis of a projection is split at all.
+    whole = find(c, mesh_of(1, 1, 2), large=1000)["text_projection/kernel"]
+    assert whole.device_bytes == 64 * 8 * 4 and whole.reason == "only mesh.fsdp would split it"
+
+
+def test_what_is_not_split_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    parameters = {"lm_head": {"kernel": jax.ShapeDtypeStruct((1024, 5001), jnp.float32)}}
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        sharding.warn_unsharded(parameters, mesh_of(1, 2, 2))
+        said = [record.getMessage() for record in caplog.records]
+        sharding.warn_unsharded(parameters, mesh_of(1, 2, 3))  # 5001 = 3 x 1667
+    assert len(caplog.records) == 1
+    assert said[0].startswith("lm_head/kernel (1024x5001) holds 9.8 MiB on each device: vocab=5001 is not divisible by")
 
 
 def check_placement() -> None:

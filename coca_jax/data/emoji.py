@@ -23,8 +23,8 @@ from typing import Any
 
 import PIL.Image
 import tqdm
-from etils import epath
 
+from coca_jax import cache
 from coca_jax.data import emoji_art, records
 from coca_jax.data.emoji_art import Concept
 from coca_jax.data.records import DataError, Record
@@ -39,9 +39,9 @@ TRAIN, NOTO, TOKENIZER, MANIFEST = "train.array_record", "noto.array_record", "t
 _Item = tuple[Concept, str, Path]
 
 
-def cache_folder() -> epath.Path:
-    """Where prepared sets lie: `$COCA_JAX_CACHE`, or `~/.cache/coca_jax`."""
-    return epath.Path(os.environ.get("COCA_JAX_CACHE") or Path.home() / ".cache" / "coca_jax")
+def default_folder() -> Path:
+    """Where the prepared set lies unless another folder is named: `emoji` in `cache.folder()`."""
+    return cache.folder() / "emoji"
 
 
 def prepare(out: str | os.PathLike[str] | None = None, *, force: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def prepare(out: str | os.PathLike[str] | None = None, *, force: bool = False, p
     never taken for a whole one. A folder of another format version, or with damaged files, is prepared again.
 
     Args:
-      out: folder of the set, on a local disk; None: `emoji` in `cache_folder()`.
+      out: folder of the set, on a local disk; None: `default_folder()`.
       force: prepare again even if it is there.
       progress: show a progress bar, and print the attribution of the pictures after preparing.
 
@@ -62,7 +62,7 @@ def prepare(out: str | os.PathLike[str] | None = None, *, force: bool = False, p
     Raises:
       DataError: the extra is not installed, or `out` holds something else.
     """
-    folder = Path(out) if out is not None else Path(cache_folder()) / "emoji"
+    folder = Path(out) if out is not None else default_folder()
     if ":/" in os.fspath(folder):
         raise DataError(f"{folder}: the emoji set is prepared on a local disk; set COCA_JAX_CACHE to a local folder")
     if folder.exists() and not folder.is_dir():

@@ -327,5 +327,5 @@ class Preprocessor:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Preprocessor:
         """The inverse of `to_json`, after JSON has made lists of the tuples."""
-        colors = (tuple(values[key]) for key in ("mean", "std", "background"))
-        return cls(int(values["size"]), *colors, float(values["crop"]))
+        colors = {key: tuple(values[key]) for key in ("mean", "std", "background")}
+        return cls(int(values["size"]), **colors, crop=float(values["crop"]))

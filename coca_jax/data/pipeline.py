@@ -1,14 +1,15 @@
-"""The input pipeline, as a Grain graph: source -> augmented examples -> shuffle -> process's share -> batches -> mesh.
+"""The input pipeline, as a Grain graph: source -> augmented examples -> shuffle -> process's rows -> batches -> mesh.
 
-Everything up to the batches is a MapDataset, a pure function of the position: it can be asked for any example, its
-state is one number, and the number of threads or worker processes changes nothing in what comes out.
+Everything up to the batches is a MapDataset, a pure function of the position: it can be asked for any example, and the
+number of threads, worker processes or hosts changes nothing in what comes out. A place in the data is one number.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from typing import Any
+from typing import Any, SupportsIndex
 
 import grain
 import jax
@@ -52,8 +53,6 @@ class _Read:
             return {
                 "images": np.zeros((self.image_size, self.image_size, 3), np.uint8),
                 "tokens": np.full(self.length, self.tokenizer.pad_id, np.int32),
-                "index": np.int64(-1),
-                "valid": np.bool_(False),
             }
         record = self.source[index]
         try:
@@ -63,8 +62,6 @@ class _Read:
         return {
             "images": images.fit(pixels, self.image_size, self.data.eval_crop),
             "tokens": self.tokenizer.encode(record.captions[0], self.length),
-            "index": np.int64(index),
-            "valid": np.bool_(True),
         }
 
 
@@ -90,14 +87,15 @@ def train_loader(
     length: int,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
+    start: int = 0,
 ) -> grain.IterDataset:
     """Training batches of this process, without end.
 
-    Every epoch is shuffled anew over the whole source; batches run across the ends of epochs, so that all are full. The
-    batches of all processes of a step together are `batch_size` consecutive positions of one shuffled stream, whatever
-    process_count is.
+    Every epoch is shuffled anew over the whole source; batches run across the ends of epochs, so that all are full. Row
+    r of global batch k is position `start + k * batch_size + r` of one shuffled stream, which (source, seed) alone
+    decide: however many processes share the batches, they are the same ones in the same order, and the number of the
+    positions that have been handed out is all that there is to remember of a place in the data.
 
     Args:
       source: what to read.
@@ -107,23 +105,15 @@ def train_loader(
       length: tokens of a caption.
       batch_size: global.
       seed: of shuffle, captions and augmentation, 0 .. 2^32 - 1.
-      process_index: which share is read here.
-      process_count: how many processes share a batch.
+      rows: of each global batch that are read here, as `process_rows` tells them; None: all.
+      start: position of the stream to begin at.
 
     Returns:
       Of `{"images": uint8 [b, image_size, image_size, 3], "tokens": int32 [b, length], "index": int64 [b]}`, with
-      b = batch_size / process_count and index the number of the record in the source. The iterator's `get_state` and
-      `set_state` resume exactly; a state fits only the same data.workers (see `position_key`).
-
-    Raises:
-      DataError: batch_size is not divisible by process_count.
+      b = len(rows) and index the number of the record in the source.
     """
-    local = _local_batch(batch_size, process_count)
     examples = train_examples(source, tokenizer, data, image_size=image_size, length=length, seed=seed)
-    dataset = examples.shuffle().repeat(None)
-    # Taken after the shuffle, so that the shares of a step make up one global batch.
-    dataset = dataset.slice(slice(process_index, None, process_count)) if process_count > 1 else dataset
-    return _batches(dataset, local, data)
+    return _read_ahead(_batched(examples.shuffle().repeat(None), batch_size, rows, start), data)
 
 
 def eval_batches(
@@ -134,75 +124,113 @@ def eval_batches(
     image_size: int,
     length: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> grain.IterDataset:
     """One pass over the source in order, without augmentation and with the first caption of each record.
 
-    Arguments and result as `train_loader`, and `"valid": bool [b]`: the last batch is filled up with examples that are
-    not valid (black, all pad, index -1), so that all batches, and those of all processes, have one shape.
+    Row r of global batch k is record `k * batch_size + r`; arguments as `train_loader`. The last batch is filled up
+    with examples that are not valid (black, all pad), so that all batches, and those of all processes, have one shape.
+
+    Returns:
+      Images and tokens of the rows that are read here, as `train_loader`, but with B = batch_size
+      `"index": int64 [B]` and `"valid": bool [B]` of the whole global batch: every process knows which records the
+      others read. The index of an example that is not valid is -1.
     """
-    local = _local_batch(batch_size, process_count)
     read = _Read(source, tokenizer, data, image_size, length)
     total = -(-len(source) // batch_size) * batch_size
-    dataset = grain.MapDataset.range(total).map(read.evaluate)
-    dataset = dataset.slice(slice(process_index, None, process_count)) if process_count > 1 else dataset
-    return _batches(dataset, local, data)
+    batches = _batched(grain.MapDataset.range(total).map(read.evaluate), batch_size, rows)
+    return _read_ahead(batches.map_with_index(functools.partial(_number, batch_size, len(source))), data)
 
 
-def position_key(source: Source, data: config.Data, *, batch_size: int, seed: int) -> dict[str, Any]:
-    """What an iterator's state is only good for. Store it with the state, and compare before `set_state`.
+def _number(batch_size: int, records: int, number: int, batch: Batch) -> Batch:
+    """The batch with the records of its global batch."""
+    index = np.arange(number * batch_size, (number + 1) * batch_size, dtype=np.int64)
+    valid = index < records
+    return batch | {"index": np.where(valid, index, -1), "valid": valid}
 
-    Grain would load a state into a loader of another number of workers without an error, and read other records.
+
+def position_key(source: Source, *, seed: int) -> dict[str, Any]:
+    """What a position of the stream is only good for. Store it with the position, and compare before going on."""
+    return {"source": source.fingerprint(), "records": len(source), "seed": seed}
+
+
+def process_rows(sharding: jax.sharding.Sharding, batch_size: int, process_index: int | None = None) -> np.ndarray:
+    """The rows of a global batch that the devices of a process hold, int64, ascending, each once.
+
+    Rows belong to devices by their place in the mesh, which follows the network: those of a process need not be
+    neighbours, and processes whose devices share a model (tensor parallelism over hosts) hold the same rows.
+
+    Args:
+      sharding: of the batch axis.
+      batch_size: global; the shards of the batch divide it.
+      process_index: this process if None.
     """
-    return {
-        "source": source.fingerprint(),
-        "records": len(source),
-        "workers": data.workers,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
+    process_index = jax.process_index() if process_index is None else process_index
+    places: Any = sharding.devices_indices_map((batch_size,))
+    held = {rows.indices(batch_size)[:2] for d, (rows,) in places.items() if d.process_index == process_index}
+    return np.concatenate([np.arange(*span) for span in sorted(held)])
 
 
-def place(loader: grain.IterDataset, sharding: jax.sharding.Sharding, prefetch: int = 2) -> grain.IterDataset:
+def place(
+    loader: grain.IterDataset, sharding: jax.sharding.Sharding, batch_size: int, prefetch: int = 2
+) -> grain.IterDataset:
     """Batches on the mesh, ahead of the step: a thread places `prefetch` of them while the step runs.
 
     Args:
-      loader: host-local batches; those of all processes together are the global batch.
+      loader: on each process the batches of its `process_rows`.
       sharding: of the batch axis, the same on every process.
+      batch_size: global.
       prefetch: batches placed ahead; 0 places each when it is asked for.
 
     Returns:
-      The same batches as global jax arrays `[batch_size, ...]`, but for `"index"`, which stays a host-local numpy array
-      (it is for people and reports, and jax would cut its 64 bits). The iterator's state is that of the batches handed
-      out, not of those placed ahead.
+      The same batches as global jax arrays `[batch_size, ...]`, but for `"index"` and `"valid"`, which stay numpy
+      arrays (they are for people and reports, and jax would cut the index's 64 bits).
     """
+    rows = process_rows(sharding, batch_size)
 
-    def to_mesh(batch: Batch) -> Batch:
-        return {
-            key: value if key == "index" else jax.make_array_from_process_local_data(sharding, value)
-            for key, value in batch.items()
-        }
+    def to_mesh(local: np.ndarray) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
+            first, end, _ = index[0].indices(batch_size)
+            at = int(np.searchsorted(rows, first))
+            return local[at : at + end - first]
 
-    return grain.experimental.ThreadPrefetchIterDataset(loader.map(to_mesh), prefetch_buffer_size=prefetch)
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
 
+    def to_meshes(batch: Batch) -> Batch:
+        return {key: value if key in ("index", "valid") else to_mesh(value) for key, value in batch.items()}
 
-def _local_batch(batch_size: int, process_count: int) -> int:
-    if batch_size % process_count:
-        near = max(1, batch_size // process_count) * process_count
-        raise DataError(
-            f"config.batch_size={batch_size} is not divisible by the {process_count} processes; near it: "
-            f"{near}, {near + process_count}"
-        )
-    return batch_size // process_count
+    return grain.experimental.ThreadPrefetchIterDataset(loader.map(to_meshes), prefetch_buffer_size=prefetch)
 
 
-def _batches(dataset: grain.MapDataset, batch_size: int, data: config.Data) -> grain.IterDataset:
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Those rows of consecutive batches of a dataset, one after another; a source of its own for Grain."""
+
+    dataset: grain.MapDataset
+    batch_size: int
+    rows: np.ndarray
+    start: int
+
+    def __len__(self) -> int:
+        return (len(self.dataset) - self.start) // self.batch_size * len(self.rows)
+
+    def __getitem__(self, index: SupportsIndex) -> Batch:
+        batch, row = divmod(index.__index__(), len(self.rows))
+        return self.dataset[self.start + batch * self.batch_size + int(self.rows[row])]
+
+
+def _batched(
+    dataset: grain.MapDataset, batch_size: int, rows: np.ndarray | None = None, start: int = 0
+) -> grain.MapDataset:
     # Batched as a MapDataset: batching after the workers would let their number change the order.
-    batched = dataset.batch(batch_size, drop_remainder=True)
+    rows = np.arange(batch_size) if rows is None else rows
+    return grain.MapDataset.source(_Rows(dataset, batch_size, rows, start)).batch(len(rows), drop_remainder=True)
+
+
+def _read_ahead(batches: grain.MapDataset, data: config.Data) -> grain.IterDataset:
     threads = data.threads or max(1, min(16, 2 * (os.cpu_count() or 1) // max(1, data.workers)))
     # Each thread makes one batch at a time; a longer buffer would only hold memory.
-    loader = batched.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    loader = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if data.workers:
         if not flags.FLAGS.is_parsed():  # Grain reads its flags when it starts workers, also where no absl.app runs
             flags.FLAGS.mark_as_parsed()

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--describe", action="store_true", help="only check the files (checksums too) and say what is there"
     )
     options = parser.parse_args(argv)
-    folder = options.out or Path(emoji.cache_folder()) / "emoji"
+    folder = options.out or emoji.default_folder()
     try:
         if options.describe:
             manifest = emoji.verify(folder, checksums=True)

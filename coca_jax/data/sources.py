@@ -7,9 +7,12 @@ cannot travel (an open file) is opened again there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import importlib.resources
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, SupportsIndex
 
 from etils import epath
@@ -28,11 +31,13 @@ class Source(Protocol):
       name: the specification it was opened by.
       tokenizer_path: a SentencePiece model that comes with the data; None where there is none.
       attribution: authors and licences of the pictures, for whoever shows them; empty where unknown.
+      class_names: what captions call each label, one name or more; None where a label is its own name.
     """
 
     name: str
     tokenizer_path: epath.Path | None
     attribution: str
+    class_names: Mapping[str, Sequence[str]] | None
 
     def __len__(self) -> int: ...
 
@@ -61,6 +66,7 @@ class ArrayRecords:
       files: paths, or (path, start, stop) for a part of a file.
       tokenizer_path: see Source.
       attribution: see Source.
+      class_names: see Source.
       version: goes into the fingerprint, e.g. checksums; sizes and names of the files always do.
     """
 
@@ -70,11 +76,13 @@ class ArrayRecords:
         files: Sequence[str | tuple[str, int, int]],
         tokenizer_path: epath.Path | None = None,
         attribution: str = "",
+        class_names: Mapping[str, Sequence[str]] | None = None,
         version: str = "",
     ):
         self.name = name
         self.tokenizer_path = tokenizer_path
         self.attribution = attribution
+        self.class_names = class_names
         parts = [
             file if isinstance(file, str) else _Part(file[0], file[1], file[2] - file[1], file[2]) for file in files
         ]
@@ -112,7 +120,7 @@ class ArrayRecords:
 
 def _open_emoji(location: str) -> Source:
     manifest = emoji.prepare()
-    folder = emoji.cache_folder() / "emoji"
+    folder = epath.Path(emoji.default_folder())
     if location not in manifest["splits"]:
         raise DataError(f"emoji:{location}: no such split; there are {', '.join(manifest['splits'])}")
     part = manifest["splits"][location]
@@ -122,8 +130,15 @@ def _open_emoji(location: str) -> Source:
         [(file, part["start"], part["stop"])],
         folder / emoji.TOKENIZER,
         manifest["attribution"],
+        _emoji_class_names(),
         manifest["files"][part["file"]]["sha256"],
     )
+
+
+@functools.cache
+def _emoji_class_names() -> dict[str, list[str]]:
+    text = importlib.resources.files("coca_jax.data").joinpath("emoji_classes.json").read_text(encoding="utf-8")
+    return json.loads(text)["class_names"]
 
 
 def _open_array_record(location: str) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -12,11 +13,12 @@ from etils import epath
 from tqdm import tqdm
 
 from coca_jax.config import Config
+from coca_jax.data.images import Preprocessor
 from coca_jax.data.sources import Source
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import captioning, pixels, retrieval, zero_shot
 
-Batch = Mapping[str, np.ndarray]  # images uint8 [b, s, s, 3], tokens int32 [b, t], index int64 [b], valid bool [b]
+Batch = Mapping[str, Any]  # images uint8 [b, s, s, 3], tokens int32 [b, t], index int64 [b], valid bool [b]
 Array = np.ndarray
 
 GALLERY = 8  # queries a split and a direction, evenly spaced
@@ -26,6 +28,8 @@ SHOWN = 5  # answers a query
 @dataclasses.dataclass(frozen=True)
 class Functions:
     """The model, its parameters bound. A half that was not trained is None, and its measures are absent.
+
+    Results are numpy arrays. With several processes, each calls them alike and gets all of the result.
 
     Attributes:
       encode_image: images uint8 `[b, s, s, 3]` -> features `[b, d]`, unit length.
@@ -38,6 +42,21 @@ class Functions:
     encode_text: Callable[[Array], Array] | None = None
     caption_loss: Callable[[Array, Array], tuple[Array, Array]] | None = None
     generate: Callable[[Array], Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes that evaluate together, each of which calls `run`, and this one among them.
+
+    Attributes:
+      index: of this one. Process 0 shows progress, measures the pixel baseline and gets the gallery.
+      count: how many.
+      gather: what JSON can hold -> the values of all processes, by index; called by all alike.
+    """
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +94,7 @@ class Caption:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What `run` found: metrics by name (plain floats) and the gallery."""
+    """What `run` found: metrics by name (plain floats), the same in all processes, and in process 0 the gallery."""
 
     metrics: dict[str, float]
     queries: tuple[Query, ...] = ()
@@ -109,6 +128,7 @@ def run(
     reference: Source | None = None,
     reference_style: str = "",
     cache: epath.PathLike | None = None,
+    processes: Processes = Processes(),
     progress: bool = True,
 ) -> Results:
     """Evaluates every split of `config.evaluate`; a progress bar runs along.
@@ -119,18 +139,21 @@ def run(
     `seen/caption_exact_match`, the share of the generated captions that is right word for word; and `zero_shot/top1`
     with the rest of `zero_shot.classify`.
 
-    With several processes, each calls this with the same arguments: the batches hold the whole batch on every process.
+    With several processes, each calls this with the same arguments and reads its share: the texts of every n-th record,
+    and those rows of the pictures' batches that `batches` gives it.
 
     Args:
       functions: the model.
       sources: each of `config.evaluate.splits` and `config.evaluate.zero_shot`, by that string.
       tokenizer: of the model.
       config: the run's.
-      batches: a source -> its batches, every record once, all of one shape.
+      batches: a source -> its batches, every record once, all of one shape; `images` and `tokens` are for `functions`
+        alone, `index` and `valid` are numpy arrays of the whole batch on every process.
       reference: the training source that the pixel baseline looks names up in; None leaves the baseline out, as do
         sources of more than `pixels.LIMIT` records.
       reference_style: the style of the pictures it uses; empty: all.
       cache: JSON file in which the pixel baseline is kept between evaluations; None computes it each time.
+      processes: with whom the work is shared; alone unless told.
       progress: whether to show the bar.
 
     Raises:
@@ -143,12 +166,12 @@ def run(
         if spec not in sources or not len(sources[spec]):
             raise ValueError(f"config.evaluate names {spec!r}, which is {'empty' if spec in sources else 'not loaded'}")
     encodes = functions.encode_image is not None and functions.encode_text is not None
-    tables = {spec: _Table.read(sources[spec]) for spec in specs}
+    tables = {spec: _Table.read(sources[spec], processes) for spec in specs}
     bar = tqdm(
         total=sum(len(t.captions) + (len(t.texts) if encodes else 0) for t in tables.values()),
         desc="evaluate",
         unit=" examples",
-        disable=not progress,
+        disable=not progress or processes.index > 0,
         leave=None,  # inside the training's bar it goes away when it is done
         dynamic_ncols=True,
     )
@@ -172,17 +195,18 @@ def run(
             bar.set_description(name)
             is_first = functions.generate is not None and list(names)[:1] == [spec]
             shown = spread(len(source), evaluate.captions if is_first else 0)
-            got = _forward(functions, batches(source), len(source), name, shown, bar, losses=spec in names)
+            got = _forward(functions, batches(source), len(source), name, bar, losses=spec in names)
             if spec in names and encodes:
                 texts = encode(table.texts)
                 found = retrieval.recall(got.features, texts, table.image_to_text)
                 metrics |= {f"{name}/images": float(len(source)), f"{name}/texts": float(len(table.texts))}
                 metrics |= _flat(found, name)
-                queries += _queries(source, name, table, got.features, texts)
+                if processes.index == 0:
+                    queries += _queries(source, name, table, got.features, texts)
             if spec in names and functions.caption_loss is not None:
                 metrics |= _flat(captioning.summary(got.nll, got.tokens), name)
             if len(shown) and functions.generate is not None:
-                new = _captions(functions.generate, source, name, shown, got.pictures, tokenizer, config)
+                new = _captions(functions.generate, source, name, shown, tokenizer, config)
                 metrics[f"{name}/caption_exact_match"] = float(np.mean([caption.exact for caption in new]))
                 captions += new
             if spec == evaluate.zero_shot and encodes:
@@ -192,8 +216,9 @@ def run(
                     raise ValueError(
                         f"config.evaluate.zero_shot={spec!r} has no labels: name a labelled source, or none"
                     )
-                bar.total += len(classes) * len(evaluate.prompts)
-                features = zero_shot.class_features(encode, classes.tolist(), evaluate.prompts)
+                called = zero_shot.class_names(classes.tolist(), source.class_names)
+                bar.total += sum(map(len, called)) * len(evaluate.prompts)
+                features = zero_shot.class_features(encode, called, evaluate.prompts)
                 metrics |= _flat(zero_shot.classify(got.features[labelled], labels, features), "zero_shot")
                 metrics |= {"zero_shot/classes": float(len(classes)), "zero_shot/images": float(labelled.sum())}
         if reference is not None and encodes:
@@ -202,9 +227,13 @@ def run(
                 text = "the pixel baseline is left out where a source has more than %d records"
                 logging.log_first_n(logging.INFO, text, 1, pixels.LIMIT)
             held_out = held_out if len(reference) <= pixels.LIMIT else {}
-            background = config.data.background
-            pixel = pixels.baselines(held_out, reference, reference_style, background=background, cache=cache, bar=bar)
-            for name, measures in pixel.items():
+            pixel: dict[str, Any] = {}
+            if processes.index == 0:
+                background = config.data.background
+                pixel = pixels.baselines(
+                    held_out, reference, reference_style, background=background, cache=cache, bar=bar
+                )
+            for name, measures in processes.gather(pixel)[0].items():
                 metrics |= _flat(measures, f"{name}/pixel")
     return Results(metrics, tuple(queries), tuple(captions))
 
@@ -224,9 +253,11 @@ class _Table:
     image_to_text: list[list[int]]
 
     @classmethod
-    def read(cls, source: Source) -> _Table:
-        records = ((record.captions, record.label) for record in (source[i] for i in range(len(source))))
-        captions, labels = (list(column) for column in zip(*records, strict=True))
+    def read(cls, source: Source, processes: Processes) -> _Table:
+        rows = range(processes.index, len(source), processes.count)
+        shares = processes.gather([(record.captions, record.label) for record in (source[i] for i in rows)])
+        records = [shares[i % processes.count][i // processes.count] for i in range(len(source))]
+        captions, labels = [tuple(record[0]) for record in records], [record[1] for record in records]
         return cls(captions, labels, *retrieval.unique_texts(captions))
 
 
@@ -237,13 +268,12 @@ class _Forward:
     features: Array  # [m, d]
     nll: Array  # [m]
     tokens: Array  # [m]
-    pictures: dict[int, Array]  # the rows asked for, uint8 [s, s, 3]
 
 
 def _forward(
-    functions: Functions, batches: Iterable[Batch], length: int, name: str, keep: list[int], bar: tqdm, losses: bool
+    functions: Functions, batches: Iterable[Batch], length: int, name: str, bar: tqdm, losses: bool
 ) -> _Forward:
-    got = _Forward(np.zeros((length, 0)), np.zeros(length), np.zeros(length, np.int64), {})
+    got = _Forward(np.zeros((length, 0)), np.zeros(length), np.zeros(length, np.int64))
     covered = np.zeros(length, bool)
     for batch in batches:
         valid = batch["valid"]
@@ -256,8 +286,6 @@ def _forward(
         if losses and functions.caption_loss is not None:
             nll, tokens = functions.caption_loss(batch["images"], batch["tokens"])
             got.nll[index], got.tokens[index] = np.asarray(nll)[valid], np.asarray(tokens)[valid]
-        for row in np.flatnonzero(valid & np.isin(batch["index"], keep)):
-            got.pictures[int(batch["index"][row])] = batch["images"][row].copy()
         covered[index] = True
         bar.update(len(index))
     if not covered.all():
@@ -291,15 +319,16 @@ def _captions(
     source: Source,
     name: str,
     rows: list[int],
-    pictures: Mapping[int, Array],
     tokenizer: Tokenizer,
     config: Config,
 ) -> list[Caption]:
-    images = np.stack([pictures[row] for row in rows])
+    # Few: every process reads them all.
+    records, data = [source[row] for row in rows], config.data
+    preprocessor = Preprocessor(config.model.image.size, data.mean, data.std, data.background, data.eval_crop)
+    images = preprocessor.pixels(record.image for record in records)
     texts = captioning.captions(generate, images, tokenizer, config.evaluate.batch_size)
     captions = []
-    for row, text in zip(rows, texts, strict=True):
-        record = source[row]
+    for record, text in zip(records, texts, strict=True):
         match = captioning.exact(text, record.captions, tokenizer, config.model.text.length)
         captions.append(Caption(name, text, record.captions, match, record.image))
     return captions

@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from coca_jax.evaluate import retrieval
 
 
-def class_features(
-    encode: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], prompts: Sequence[str]
-) -> np.ndarray:
-    """One unit-length feature a class: float64 `[c, d]`.
+def class_names(labels: Sequence[str], given: Mapping[str, Sequence[str]] | None) -> list[tuple[str, ...]]:
+    """What each label is called in captions.
+
+    Labels are often written as identifiers (`sports_car`, `n02123045`); captions are not.
 
     Args:
-      encode: texts `[n]` -> unit-length features `[n, d]`; called once, with every prompt of every class.
-      names: the classes; `-` and `_` become spaces.
+      labels: the classes.
+      given: names by label, as the source has them. A label that is not in it, and every label where it is None, is
+        called by its own words: `-` and `_` become spaces.
+    """
+    return [tuple((given or {}).get(label) or [label.replace("-", " ").replace("_", " ")]) for label in labels]
+
+
+def class_features(
+    encode: Callable[[Sequence[str]], np.ndarray], names: Sequence[Sequence[str]], prompts: Sequence[str]
+) -> np.ndarray:
+    """One unit-length feature a class, the mean over its names and the prompts: float64 `[c, d]`.
+
+    Args:
+      encode: texts `[n]` -> unit-length features `[n, d]`; called once, with every prompt of every name.
+      names: what each class is called, at least one name a class, see `class_names`.
       prompts: templates; `{}` is where the name goes.
 
     Raises:
-      ValueError: no class, no prompt, or a prompt without `{}`.
+      ValueError: no class, a class without a name, no prompt, or a prompt without `{}`.
     """
     if not names or not prompts:
         raise ValueError(f"zero-shot classification needs classes and prompts, not {len(names)} and {len(prompts)}")
+    if not all(names):
+        raise ValueError(f"class {[bool(words) for words in names].index(False)} has no name: give each at least one")
     for prompt in prompts:
         if "{}" not in prompt:
             raise ValueError(f"the prompt {prompt!r} has no place for the name: write {{}} where it goes")
-    # Labels are often written as identifiers: `cat-face`, `sports_car`. Captions are not.
-    words = [name.replace("-", " ").replace("_", " ") for name in names]
     # replace, not format: names and prompts are data, and a brace in them is only a brace.
-    features = encode([prompt.replace("{}", name) for name in words for prompt in prompts])
-    mean = np.asarray(features, np.float64).reshape(len(names), len(prompts), -1).mean(1)
+    features = encode([prompt.replace("{}", name) for words in names for name in words for prompt in prompts])
+    sizes = np.array([len(words) for words in names]) * len(prompts)
+    starts = np.cumsum(sizes) - sizes
+    mean = np.add.reduceat(np.asarray(features, np.float64), starts) / sizes[:, None]
     return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
 
 

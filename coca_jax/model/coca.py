@@ -32,7 +32,9 @@ class Output:
       image_tokens: `[b, q, d]` what the multimodal half reads.
       hidden: `[b, t, d]` the multimodal half's output; `hidden @ head` is the logits.
       logits: `[b, t, v]` float32; position i predicts token i + 1.
-      logit_scale: float32 scalar, exp of the parameter: the contrastive logits are `logit_scale * image @ text`.
+      logit_scale: float32 scalar, exp of the parameter: the contrastive logits are
+        `logit_scale * image @ text (+ logit_bias)`.
+      logit_bias: float32 scalar, the parameter; None where model.logit_bias is 0.
     """
 
     image_features: Float[Array, "b e"] | None = None
@@ -41,6 +43,7 @@ class Output:
     hidden: Float[Array, "b t d"] | None = None
     logits: Float[Array, "b t v"] | None = None
     logit_scale: Float[Array, ""] | None = None
+    logit_bias: Float[Array, ""] | None = None
 
 
 class Projection(nn.Module):
@@ -76,6 +79,7 @@ class CoCa(nn.Module):
         self.text_decoder = TextDecoder(c)
         self.text_projection = Projection(c)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(c.temperature)), ())
+        self.logit_bias = self.param("logit_bias", nn.initializers.constant(c.logit_bias), ()) if c.logit_bias else None
 
     def __call__(self, images: Float[Array, "b y x 3"], tokens: Int[Array, "b t"]) -> Output:
         """Everything, logits included.
@@ -109,7 +113,9 @@ class CoCa(nn.Module):
         if contrastive:
             assert cls is not None
             text_features, logit_scale = self.text_projection(cls), jnp.exp(self.logit_scale)
-            output = dataclasses.replace(output, text_features=text_features, logit_scale=logit_scale)
+            output = dataclasses.replace(
+                output, text_features=text_features, logit_scale=logit_scale, logit_bias=self.logit_bias
+            )
         if captioning:
             assert image_tokens is not None
             output = dataclasses.replace(output, hidden=self.text_decoder.decode(text_hidden, image_tokens))

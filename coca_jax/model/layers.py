@@ -13,9 +13,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from coca_jax import config
+from coca_jax.model.attention import KERNEL_RESIDUALS, Mask, attend
 from coca_jax.sharding import shard
 
 Init = Callable[..., Array]
@@ -56,16 +58,18 @@ class Attention(nn.Module):
     """Multi-head attention with biases (Vaswani et al. 2017, section 3.2), split so that a cache can stand between.
 
     Attributes:
-      model: for dtypes.
+      model: for dtypes and the implementation.
       width: of the output, and of the heads together.
       heads: must divide width.
       kv_width: width of what is attended to.
+      recompute: the backward pass computes the attention weights again.
     """
 
     model: config.Model
     width: int
     heads: int
     kv_width: int
+    recompute: bool = False
 
     def setup(self) -> None:
         h, k = self.heads, self.width // self.heads
@@ -81,30 +85,41 @@ class Attention(nn.Module):
 
     def project(self, x: Float[Array, "b m d"]) -> tuple[Float[Array, "b m h k"], Float[Array, "b m h k"]]:
         """Keys and values of what is attended to."""
-        axes = ("batch", None, "heads", None)
-        return shard(self.key(x), *axes), shard(self.value(x), *axes)
+        return self._split(self.key(x)), self._split(self.value(x))
 
     def attend(
         self,
         x: Float[Array, "b s d"],
         keys: Float[Array, "b m h k"],
         values: Float[Array, "b m h k"],
-        mask: Bool[Array, "*b 1 s m"] | None = None,
+        mask: Mask | None = None,
+        *,
         is_causal: bool = False,
+        cached: bool = False,
     ) -> Float[Array, "b s d"]:
-        """Softmax in float32; True in the mask means: may be seen."""
-        query = shard(self.query(x), "batch", None, "heads", None)
-        mixed = jax.nn.dot_product_attention(query, keys, values, mask=mask, is_causal=is_causal)
+        """Softmax in float32. Keys and values that come from a cache are read by XLA whatever is configured."""
+        mixed = attend(
+            self._split(self.query(x)),
+            keys,
+            values,
+            mask,
+            is_causal=is_causal,
+            implementation="xla" if cached else self.model.attention,
+            recompute=self.recompute,
+        )
         return self.out(shard(mixed, "batch", None, "heads", None))
 
     def __call__(
         self,
         x: Float[Array, "b s d"],
         kv: Float[Array, "b m d"] | None = None,
-        mask: Bool[Array, "*b 1 s m"] | None = None,
+        mask: Mask | None = None,
         is_causal: bool = False,
     ) -> Float[Array, "b s d"]:
         return self.attend(x, *self.project(x if kv is None else kv), mask=mask, is_causal=is_causal)
+
+    def _split(self, x: Float[Array, "b m h k"]) -> Float[Array, "b m h k"]:
+        return checkpoint_name(shard(x, "batch", None, "heads", None), "qkv")
 
 
 class Mlp(nn.Module):
@@ -137,6 +152,7 @@ class Block(nn.Module):
       width, heads, mlp_dim: of this tower.
       causal: a token sees itself and what came before.
       cross: reads image tokens `[b, q, width]`.
+      recompute: the backward pass computes attention weights again.
     """
 
     model: config.Model
@@ -145,10 +161,11 @@ class Block(nn.Module):
     mlp_dim: int
     causal: bool = False
     cross: bool = False
+    recompute: bool = False
 
     def setup(self) -> None:
         self.attention_norm = layer_norm(self.model)
-        self.attention = Attention(self.model, self.width, self.heads, self.width)
+        self.attention = Attention(self.model, self.width, self.heads, self.width, self.recompute)
         if self.cross:
             if self.model.text.cross_mlp:
                 self.self_mlp_norm = layer_norm(self.model)
@@ -156,7 +173,7 @@ class Block(nn.Module):
             self.cross_norm = layer_norm(self.model)
             if self.model.text.cross_kv_norm:
                 self.cross_kv_norm = layer_norm(self.model)
-            self.cross_attention = Attention(self.model, self.width, self.heads, self.width)
+            self.cross_attention = Attention(self.model, self.width, self.heads, self.width, self.recompute)
         self.mlp_norm = layer_norm(self.model)
         self.mlp = Mlp(self.model, self.width, self.mlp_dim)
 
@@ -165,7 +182,7 @@ class Block(nn.Module):
         x: Float[Array, "b s d"],
         cache: Cache | None,
         image_tokens: Float[Array, "b q d"] | None,
-        mask: Bool[Array, "*b 1 s m"] | None,
+        mask: Mask | None,
         index: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "b s d"], Cache | None]:
         """One layer.
@@ -190,11 +207,11 @@ class Block(nn.Module):
             keys, values = self.attention.project(y)
             new = Cache(keys, values)
             seen = write(cache, new, index)
-            y = self.attention.attend(y, seen.keys, seen.values, mask=mask)
-        x = shard(x + y, "batch", None, "width")
+            y = self.attention.attend(y, seen.keys, seen.values, mask=mask, cached=True)
+        x = add(x, y)
         if self.cross:
             if self.model.text.cross_mlp:
-                x = shard(x + self.self_mlp(self.self_mlp_norm(x)), "batch", None, "width")
+                x = add(x, self.self_mlp(self.self_mlp_norm(x)))
             if image_tokens is not None:
                 if self.model.text.cross_kv_norm:
                     image_tokens = self.cross_kv_norm(image_tokens)
@@ -204,8 +221,13 @@ class Block(nn.Module):
             else:
                 assert cache is not None and cache.cross_keys is not None and cache.cross_values is not None
                 cross = cache.cross_keys, cache.cross_values
-            x = shard(x + self.cross_attention.attend(self.cross_norm(x), *cross), "batch", None, "width")
-        return shard(x + self.mlp(self.mlp_norm(x)), "batch", None, "width"), new
+            x = add(x, self.cross_attention.attend(self.cross_norm(x), *cross, cached=cache is not None))
+        return add(x, self.mlp(self.mlp_norm(x))), new
+
+
+def add(x: Float[Array, "b s d"], y: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+    """The tokens and what a sublayer adds to them."""
+    return shard(x + checkpoint_name(y, "outputs"), "batch", None, "width")
 
 
 def write(cache: Cache, new: Cache, index: Int[Array, ""]) -> Cache:
@@ -224,10 +246,32 @@ def write(cache: Cache, new: Cache, index: Int[Array, ""]) -> Cache:
     return cache
 
 
+_keep = jax.checkpoint_policies
+# What config.REMAT says is kept. The flash kernel's output is kept with the products: running it again costs more.
 _REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul outputs, recompute the rest
-    "everything": jax.checkpoint_policies.nothing_saveable,  # keep a layer's input alone
+    "dots": _keep.save_from_both_policies(
+        _keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(KERNEL_RESIDUALS)
+    ),
+    "qkv": _keep.save_only_these_names("qkv", "outputs", KERNEL_RESIDUALS),
+    "outputs": _keep.save_only_these_names("outputs"),
+    "everything": _keep.nothing_saveable,
 }
+
+
+def rematerialised(module: Any, remat: str, *, prevent_cse: bool = True) -> Any:
+    """A module class whose backward pass computes again what `remat`, a key of config.REMAT, says.
+
+    none and attention change nothing here: the latter is `Attention.recompute`.
+
+    Args:
+      module: class.
+      remat: policy.
+      prevent_cse: must be True but inside a scan, where it is of no use and hinders the compiler: outside, the compiler
+        sees that what is computed again has been computed already, and keeps it after all.
+    """
+    if remat not in _REMAT:
+        return module
+    return nn.remat(module, prevent_cse=prevent_cse, policy=_REMAT[remat])
 
 
 def stack(
@@ -245,23 +289,20 @@ def stack(
     Args:
       model: configuration.
       depth: layers, 1 or more.
-      remat: none | dots | everything.
+      remat: policy, a key of config.REMAT.
       scan_unroll: layers a scan step holds; 0 unrolls all.
       **block: attributes of Block.
     """
-    cls: Any = Block
-    if remat != "none":
-        # prevent_cse is for remat outside a scan; inside it only hinders the compiler.
-        cls = nn.remat(Block, prevent_cse=False, policy=_REMAT[remat])
+    unrolled = scan_unroll == 0 or scan_unroll >= depth
     scanned = nn.scan(
-        cls,
+        rematerialised(Block, remat, prevent_cse=unrolled),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=depth,
-        unroll=scan_unroll or depth,
+        unroll=depth if unrolled else scan_unroll,
     )
-    return scanned(model, **block)
+    return scanned(model, recompute=remat == "attention", **block)
 
 
 def sincos(positions: Float[Array, " n"], width: int) -> Float[Array, "n d"]:

@@ -32,5 +32,8 @@ class Pooler(nn.Module):
         # The queries are the same for every image: normalised once, and projected once per image by the attention.
         query = jnp.broadcast_to(query[None], (tokens.shape[0], *query.shape))
         tokens = layers.layer_norm(m, "token_norm")(tokens)
-        pooled = layers.Attention(m, width, m.pooler.heads, tokens.shape[-1], name="attention")(query, tokens)
+        attention = layers.rematerialised(layers.Attention, m.pooler.remat)(
+            m, width, m.pooler.heads, tokens.shape[-1], recompute=m.pooler.remat == "attention", name="attention"
+        )
+        pooled = attention(query, tokens)
         return layers.layer_norm(m, "out_norm")(pooled)

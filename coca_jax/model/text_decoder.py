@@ -11,10 +11,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from coca_jax import config
 from coca_jax.model import layers
+from coca_jax.model.attention import Mask
 from coca_jax.sharding import shard
 
 
@@ -130,7 +131,7 @@ class TextDecoder(nn.Module):
         assert cache.multimodal is not None  # n_multi=0 has nothing to decode with
         s, m = tokens.shape[1], cache.unimodal.keys.shape[2]
         position = cache.index + jnp.arange(s)
-        mask = (jnp.arange(m)[None, :] <= position[:, None])[None, None]
+        mask = Mask((jnp.arange(m)[None, :] <= position[:, None])[None, None])
         x = self.embed(tokens, cache.index)
         x, unimodal = self.unimodal.step(x, cache.unimodal, None, mask, cache.index)
         x, multimodal = self.multimodal.step(x, cache.multimodal, image_tokens, mask, cache.index)
@@ -163,7 +164,7 @@ class Half(nn.Module):
         self,
         x: Float[Array, "b s d"],
         image_tokens: Float[Array, "b q d"] | None = None,
-        mask: Bool[Array, "b 1 s s"] | None = None,
+        mask: Mask | None = None,
     ) -> Float[Array, "b s d"]:
         return self.blocks(x, None, image_tokens, mask, None)[0]
 
@@ -172,7 +173,7 @@ class Half(nn.Module):
         x: Float[Array, "b s d"],
         cache: layers.Cache,
         image_tokens: Float[Array, "b q d"] | None,
-        mask: Bool[Array, "1 1 s m"],
+        mask: Mask,
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "b s d"], layers.Cache]:
         x, new = self.blocks(x, cache, image_tokens, mask, index)
@@ -197,7 +198,7 @@ def output_logits(hidden: Float[Array, "b t d"], head: Float[Array, "d v"]) -> F
     return shard(logits, "batch", None, "vocab")
 
 
-def cls_mask(tokens: Int[Array, "b t"], pad_id: int, kind: str) -> Bool[Array, "b 1 s s"]:
+def cls_mask(tokens: Int[Array, "b t"], pad_id: int, kind: str) -> Mask:
     """Who may see whom, s = t + 1 with [CLS] last: text is causal, [CLS] sees real tokens.
 
     Args:
@@ -206,6 +207,9 @@ def cls_mask(tokens: Int[Array, "b t"], pad_id: int, kind: str) -> Bool[Array, "
       kind: `full`: [CLS] sees the tokens that are not padding, and itself. `legacy`: open_clip's, whose key mask is
         shifted by one (`[True, tokens != pad]`), so that [CLS] sees one padding position and, if there is padding, not
         itself.
+
+    As segments, what [CLS] sees and [CLS] are one, and the padding that it does not see is another, whose outputs are
+    then not those of `allowed`. No token that counts sees them: text is padded behind.
     """
     real = tokens != pad_id
     always = jnp.ones_like(real[:, :1])
@@ -213,4 +217,6 @@ def cls_mask(tokens: Int[Array, "b t"], pad_id: int, kind: str) -> Bool[Array, "
     s = seen.shape[1]
     causal = jnp.tril(jnp.ones((s, s), bool))[None]
     is_cls = (jnp.arange(s) == s - 1)[None, :, None]
-    return jnp.where(is_cls, seen[:, None, :], causal)[:, None]
+    allowed = jnp.where(is_cls, seen[:, None, :], causal)[:, None]
+    keys = seen.astype(jnp.int32)
+    return Mask(allowed, query_segments=keys.at[:, -1].set(1), key_segments=keys)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import grain
-import grain.checkpoint
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from coca_jax import config
@@ -58,12 +58,8 @@ class Checkpoints:
                 cleanup_tmp_directories=c is not None,
                 preservation_policy=policies.AnyPreservationPolicy(keep) if keep else None,
             ),
-            item_names=("state", "data", "identity"),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "data": grain.checkpoint.CheckpointHandler(),
-                "identity": ocp.JsonCheckpointHandler(),
-            },
+            item_names=("state", "data"),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()},
         )
 
     def latest(self) -> int | None:
@@ -73,16 +69,18 @@ class Checkpoints:
     def save(
         self,
         state: TrainState,
-        iterator: grain.DatasetIterator,
+        position: int,
         identity: dict[str, Any],
         metrics: dict[str, float] | None = None,
     ) -> None:
-        """Starts a save of the state with the iterator's position; does nothing where that step is saved already.
+        """Starts a save of the state with its place in the data; does nothing where that step is saved already.
+
+        With several processes all call it at the same step, and all write into one folder.
 
         Args:
           state: real.
-          iterator: that gave the last batch the state has seen, and none after it.
-          identity: what must not change between save and resume (the data's fingerprint, the worker count).
+          position: of the first example of the data's stream that the state has not seen, over all processes.
+          identity: what must not change between save and resume (the data's fingerprint, the seed).
           metrics: of an evaluation at this step, for keep_best.
         """
         step = int(state.step)
@@ -92,44 +90,46 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_raw_key(state)),
-                data=grain.checkpoint.CheckpointSave(iterator),
-                identity=ocp.args.JsonSave(identity),
+                data=ocp.args.JsonSave({"position": position} | identity),
             ),
             metrics={k: float(v) for k, v in metrics.items()} if metrics else None,
         )
 
-    def restore(
-        self, abstract: TrainState, iterator: grain.DatasetIterator, identity: dict[str, Any]
-    ) -> TrainState | None:
-        """The newest state, and the iterator set to its position; None where there is no checkpoint.
+    def restore(self, abstract: TrainState, identity: dict[str, Any]) -> tuple[TrainState, int] | None:
+        """The newest state and its position in the data, or None where there is no checkpoint.
+
+        Neither depends on how many processes or devices saved it.
 
         Args:
           abstract: shapes, dtypes and shardings of the state, of this run's mesh.
-          iterator: of the same data; moved in place.
           identity: must equal the one saved.
 
         Raises:
           CheckpointError: the data has changed, or a leaf is missing, unknown or misshapen.
         """
-        step = self.latest()
-        if step is None:
+        latest = self.latest()
+        # The first process decides: what another sees of a shared folder may be a moment old.
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if latest is None else latest)))
+        if step < 0:
             return None
-        saved = self._manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore())).identity
+        folder = self.folder / str(step)
+        if (folder / "identity").exists():
+            raise CheckpointError(
+                f"{folder}: its place in the data was saved by an earlier coca_jax, process by process: finish the run "
+                "with the version that began it, or start in another --workdir (its parameters can still be loaded)"
+            )
+        saved = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
         for key, value in json.loads(json.dumps(identity)).items():
             if saved.get(key) != value:
                 raise CheckpointError(
-                    f"{self.folder / str(step)}: {key} was {saved.get(key)!r} when it was saved and is {value!r} now, "
+                    f"{folder}: {key} was {saved.get(key)!r} when it was saved and is {value!r} now, "
                     "so the data cannot go on where it stopped: put it back, or start in another --workdir"
                 )
         self._check(step, abstract)
         restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_raw_key(abstract)),
-                data=grain.checkpoint.CheckpointRestore(iterator),
-            ),
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_raw_key(abstract)))
         )
-        return _typed_key(restored.state)
+        return _typed_key(restored.state), int(saved["position"])
 
     def restore_parameters(self, abstract: Parameters, step: int | None = None) -> tuple[Parameters, int]:
         """The parameters alone (the moving average where there is one), and their step.
@@ -236,16 +236,22 @@ _MAY_CHANGE = (
     "checkpoint",
     "data.prefetch",
     "data.threads",
+    "data.workers",
     "model.image.remat",
     "model.image.scan_unroll",
     "model.text.remat",
+    "model.pooler.remat",
+    "model.attention",
     "model.text.scan_unroll",
     "loss.caption_chunk",
+    "loss.contrastive_tile",
 )
 
 
 def keep_config(workdir: epath.Path, c: config.Config) -> None:
     """Writes config.json into a new workdir; in a used one, refuses a configuration that would be another run.
+
+    To be called by one process.
 
     Raises:
       ConfigError: naming the first key that differs, both values and what to do.
@@ -260,10 +266,9 @@ def keep_config(workdir: epath.Path, c: config.Config) -> None:
                     "--workdir"
                 )
             logging.info("config.%s was %r and is %r", key, old, new)
-    if jax.process_index() == 0:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(config.to_json(c))
-        partial.replace(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(config.to_json(c))
+    partial.replace(path)
 
 
 def read_config(workdir: epath.PathLike) -> config.Config:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import grain
 import jax
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from coca_jax import config
@@ -20,11 +22,13 @@ from coca_jax.config import ConfigError
 from coca_jax.data import pipeline
 from coca_jax.data.sources import Source
 from coca_jax.data.tokenizer import Tokenizer
+from coca_jax.model import flops
 from coca_jax.sharding import batch_sharding
 from coca_jax.train import optimizer as optimizers
 from coca_jax.train import state as states
 from coca_jax.train.checkpoint import Checkpoints
 from coca_jax.train.metrics import Progress, Writer
+from coca_jax.train.profile import Profile, Steps
 from coca_jax.train.state import TrainState
 from coca_jax.train.step import compile_step
 
@@ -46,6 +50,7 @@ def train(
     source: Source,
     tokenizer: Tokenizer,
     evaluate: Evaluator | None = None,
+    profile_steps: Steps | None = None,
 ) -> TrainState:
     """Trains to `c.steps`, going on from the newest checkpoint of the workdir if there is one.
 
@@ -58,6 +63,7 @@ def train(
       source: training data.
       tokenizer: of the captions.
       evaluate: called every `c.evaluate.every` steps and at the end; its metrics are written with the step's.
+      profile_steps: traced into `workdir/profile`.
 
     Returns:
       The state after the last step.
@@ -68,19 +74,7 @@ def train(
       Stopped: on SIGTERM or SIGINT, after saving.
     """
     check_tokenizer(c, tokenizer)
-    loader = pipeline.train_loader(
-        source,
-        tokenizer,
-        c.data,
-        image_size=c.model.image.size,
-        length=c.model.text.length,
-        batch_size=c.batch_size,
-        seed=c.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    identity = pipeline.position_key(source, c.data, batch_size=c.batch_size, seed=c.seed)
-    iterator = iter(pipeline.place(loader, batch_sharding(mesh), c.data.prefetch))
+    identity = pipeline.position_key(source, seed=c.seed)
     optimizer = optimizers.make_optimizer(c.optimizer, c.steps, states.abstract_parameters(c))
 
     with (
@@ -89,14 +83,14 @@ def train(
         _stop_signals() as asked_to_stop,
     ):
         abstract = states.abstract(c, optimizer, mesh)
-        state = checkpoints.restore(abstract, iterator, identity)
-        if state is None:
-            state = states.real(c, optimizer, mesh)
+        state, position = checkpoints.restore(abstract, identity) or (states.real(c, optimizer, mesh), 0)
         first = int(state.step)
+        iterator = iter(_batches(c, mesh, source, tokenizer, position))
         if first:
             logging.info("resumed %s at step %d", checkpoints.folder, first)
         step_function = compile_step(c, optimizer, mesh, abstract)
-        writer, progress = Writer(workdir, first), Progress(first, c.steps, c.batch_size)
+        writer, progress = Writer(workdir, first), Progress(first, c.steps, c.batch_size, flops.of_step(c))
+        profile = Profile(workdir, profile_steps, first)
         pending: tuple[int, dict[str, Any]] | None = None
 
         def settle() -> None:
@@ -113,19 +107,23 @@ def train(
                 )
             progress.update(at, metrics)
             if at % c.log_every == 0 or at == c.steps:
-                writer.write(at, metrics | {"examples_per_second": progress.examples_per_second})
+                writer.write(at, metrics | progress.rates)
 
         try:
             for step in range(first + 1, c.steps + 1):
                 asked = time.monotonic()
                 batch = next(iterator)
+                position += c.batch_size
                 waited = time.monotonic() - asked
-                state, metrics = step_function(state, {k: v for k, v in batch.items() if k != "index"})
+                with profile.step(step):
+                    state, metrics = step_function(state, {k: v for k, v in batch.items() if k != "index"})
                 settle()
                 pending = (step, metrics | {"data_wait_seconds": waited})
+                if profile.after(step, metrics):
+                    progress.pause()
 
                 last, results = step == c.steps, None
-                stopping = asked_to_stop() and not last
+                stopping = asked_to_stop(step) and not last
                 if evaluate and not stopping and (last or (c.evaluate.every and step % c.evaluate.every == 0)):
                     settle()
                     progress.pause()
@@ -141,16 +139,34 @@ def train(
                 if last or stopping or keep_best or step % c.checkpoint.every == 0:
                     settle()  # a state whose loss is not finite is never saved
                     progress.pause()
-                    checkpoints.save(state, iterator, identity, results)
+                    checkpoints.save(state, position, identity, results)
                 if stopping:
                     checkpoints.wait()
                     raise Stopped(f"stopped at step {step} of {c.steps}, saved in {checkpoints.folder}")
             checkpoints.wait()
         finally:
+            profile.close()
             iterator.close()  # its threads would else be torn down with the interpreter, complaining
             writer.close()
             progress.close()
     return state
+
+
+def _batches(c: config.Config, mesh: Mesh, source: Source, tokenizer: Tokenizer, position: int) -> grain.IterDataset:
+    """Global batches on the mesh, from a position of the data's stream on; each process reads its rows of them."""
+    place = batch_sharding(mesh)
+    loader = pipeline.train_loader(
+        source,
+        tokenizer,
+        c.data,
+        image_size=c.model.image.size,
+        length=c.model.text.length,
+        batch_size=c.batch_size,
+        seed=c.seed,
+        rows=pipeline.process_rows(place, c.batch_size),
+        start=position,
+    )
+    return pipeline.place(loader, place, c.batch_size, c.data.prefetch)
 
 
 def check_tokenizer(c: config.Config, tokenizer: Tokenizer) -> None:
@@ -168,23 +184,31 @@ def check_tokenizer(c: config.Config, tokenizer: Tokenizer) -> None:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and the first SIGINT set a flag that is read between steps; a second SIGINT interrupts as usual."""
+def _stop_signals() -> Iterator[Callable[[int], bool]]:
+    """SIGTERM and the first SIGINT ask the run to stop; a second SIGINT interrupts as usual.
+
+    Yields a function of the step that has been made: whether to stop after it. With several processes it is to be
+    called at every step, and one that is asked stops all of them after one and the same step.
+    """
+    several = jax.process_count() > 1
     asked: list[int] = []
 
     def note(number: int, _: Any) -> None:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
+        if several:
+            signal.raise_signal(signal.SIGTERM)
 
     before: dict[signal.Signals, Any] = {}
     try:
-        for name in (signal.SIGTERM, signal.SIGINT):
+        # With several processes SIGTERM is JAX's: it tells the others, and all agree on a step that none has made yet.
+        for name in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
             before[name] = signal.signal(name, note)
     except ValueError:  # not in the main thread (a notebook's worker): signals are not ours to take
         pass
     try:
-        yield lambda: bool(asked)
+        yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(asked)
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)

@@ -14,6 +14,8 @@ import tqdm
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from coca_jax import chips
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -66,9 +68,15 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """The progress line: step, losses, accuracy in the batch, examples/s, time left."""
+    """The progress line: step, losses, accuracy in the batch, examples/s, TFLOP/s and MFU, time left."""
 
-    def __init__(self, start_step: int, steps: int, batch_size: int) -> None:
+    def __init__(self, start_step: int, steps: int, batch_size: int, step_flops: float) -> None:
+        """
+        Args:
+          start_step, steps: the step that the run goes on after, and its last.
+          batch_size: of the whole job.
+          step_flops: model FLOPs of one step of the whole job (model/flops.py).
+        """
         self._bar = tqdm.tqdm(
             initial=start_step,
             total=steps,
@@ -78,7 +86,8 @@ class Progress:
             dynamic_ncols=True,
             disable=jax.process_index() != 0,
         )
-        self._batch_size = batch_size
+        self._batch_size, self._step_flops = batch_size, step_flops
+        self._devices, self._chip = jax.device_count(), chips.of_device_kind(jax.devices()[0].device_kind)
         self._rate = Rate(start_step)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -90,13 +99,34 @@ class Progress:
             "acc": metrics.get("accuracy/image_to_text"),
         }
         parts = [f"{name} {float(value):.3f}" for name, value in shown.items() if value is not None]
-        self._bar.set_postfix_str(", ".join([*parts, f"{self.examples_per_second:.0f} examples/s"]), refresh=False)
+        rates = self.rates
+        parts.append(f"{rates['examples_per_second']:.0f} examples/s")
+        if rates["examples_per_second"]:
+            if self._devices > 1:
+                parts.append(f"{rates['images_per_second_per_device']:.3g} images/s/device")
+            parts.append(f"{rates['model_tflops_per_device']:.3g} TFLOP/s/device")
+        if "mfu" in rates:
+            parts.append(f"MFU {rates['mfu']:.1%}")
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update(step - self._bar.n)
 
     @property
-    def examples_per_second(self) -> float:
-        """Of the last few seconds of training, evaluations and saves left out."""
-        return self._rate.steps_per_second * self._batch_size
+    def rates(self) -> dict[str, float]:
+        """Of the last few seconds of training, evaluations and saves left out.
+
+        `examples_per_second` of the whole job; once it is known, `images_per_second_per_device`,
+        `model_tflops_per_device` (10^12 model FLOPs a second), and on chips of the table in chips.py `mfu`: the share
+        of the chip's dense bfloat16 peak, whatever the model computes in.
+        """
+        steps = self._rate.steps_per_second
+        rates = {"examples_per_second": steps * self._batch_size}
+        if steps:
+            tflops = steps * self._step_flops / self._devices / 1e12
+            rates["images_per_second_per_device"] = steps * self._batch_size / self._devices
+            rates["model_tflops_per_device"] = tflops
+            if self._chip:
+                rates["mfu"] = tflops / self._chip.peak_tflops
+        return rates
 
     def pause(self) -> None:
         """Before something that is not a step: its time is not training time."""

@@ -26,7 +26,7 @@ class TrainState:
       step: updates made so far.
       params: parameters by path.
       opt_state: optax's.
-      ema: moving average of the parameters, or None.
+      ema: moving average of the parameters in float32, or None.
       rng: the run's key; what a step draws is keyed on (rng, step).
     """
 
@@ -67,7 +67,8 @@ def create(c: config.Config, optimizer: optax.GradientTransformation) -> TrainSt
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if c.optimizer.ema_decay else None,
+        # float32 even of bfloat16 parameters: the share of a step in a slow average is less than bfloat16 can add.
+        ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32), params) if c.optimizer.ema_decay else None,
         rng=run_key,
     )
 

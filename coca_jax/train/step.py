@@ -11,14 +11,11 @@ import optax
 from jax.sharding import Mesh
 
 from coca_jax import config, losses
-from coca_jax.data.images import normalize
-from coca_jax.model.coca import MAX_LOG_SCALE, CoCa
-from coca_jax.sharding import batch_sharding, replicated, shard
+from coca_jax.model.coca import MAX_LOG_SCALE
+from coca_jax.sharding import batch_sharding, replicated
+from coca_jax.train.accumulate import Batch, Metrics, accumulated_gradients, forward
 from coca_jax.train.optimizer import schedule
 from coca_jax.train.state import Parameters, TrainState
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
 
 
 def loss_function(c: config.Config, params: Parameters, batch: Batch) -> tuple[jax.Array, Metrics]:
@@ -29,21 +26,25 @@ def loss_function(c: config.Config, params: Parameters, batch: Batch) -> tuple[j
       params: of the model.
       batch: `images` uint8 `[b, size, size, 3]`, `tokens` int32 `[b, t]`.
     """
-    model, weights = CoCa(c.model), c.loss
-    images = shard(normalize(batch["images"], c.data.mean, c.data.std), "batch", None, None, None)
-    captioning = weights.lambda_cap > 0
-    variables = {"params": params}
-    halves: Any = {"contrastive": weights.lambda_con > 0, "captioning": captioning}
-    output: Any = model.apply(variables, images, batch["tokens"], **halves, method="forward")
-    head: Any = model.apply(variables, method="head") if captioning else None
+    weights = c.loss
+    output, head = forward(c, params, batch, contrastive=weights.lambda_con > 0, captioning=weights.lambda_cap > 0)
     return losses.total(output, head, batch["tokens"], weights, pad_id=c.model.text.pad_id)
+
+
+def gradients_of(c: config.Config, params: Parameters, batch: Batch) -> tuple[Parameters, Metrics]:
+    """Gradients of the global batch's loss, and its metrics: at once, or microbatch by microbatch."""
+    if c.microbatches > 1:
+        return accumulated_gradients(c, params, batch)
+    return jax.grad(lambda p: loss_function(c, p, batch), has_aux=True)(params)
 
 
 def train_step(
     c: config.Config, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
     """Loss, gradients, update. Metrics are float32 scalars of the global batch."""
-    gradients, metrics = jax.grad(lambda p: loss_function(c, p, batch), has_aux=True)(state.params)
+    gradients, metrics = gradients_of(c, state.params, batch)
+    # The norm and all that the optimiser makes of bfloat16 gradients (of bfloat16 parameters) is computed in float32.
+    gradients = optax.tree.cast(gradients, jnp.float32)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if "logit_scale" in params:

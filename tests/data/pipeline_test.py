@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -124,24 +123,24 @@ def test_threads_change_nothing(load):
     assert_same(batches, take(load(dataclasses.replace(DATA, threads=4)), 7))
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_the_global_batch(load, count):
+# Of two hosts and of four, whose rows are neighbours; of two whose devices alternate in the mesh, as on a torus.
+SHARES = {
+    "2": np.arange(BATCH).reshape(2, -1),
+    "4": np.arange(BATCH).reshape(4, -1),
+    "alternating": np.array([[0, 1, 4, 5], [2, 3, 6, 7]]),
+}
+
+
+@pytest.mark.parametrize("rows", SHARES.values(), ids=SHARES)
+def test_processes_share_the_global_batch(load, rows):
     steps = 2 * SIZE // BATCH
-    whole = take(load(), steps)
-    shares = [take(load(process_index=i, process_count=count), steps) for i in range(count)]
-    for step in range(steps):
-        parts = [share[step] for share in shares]
-        assert all(len(part["index"]) == BATCH // count for part in parts)
-        merged = {key: np.concatenate([part[key] for part in parts]) for key in whole[step]}
-        # The same examples, pixel for pixel; only their order within the batch is another.
-        order, wanted = (np.lexsort(batch["images"].reshape(BATCH, -1).T) for batch in (merged, whole[step]))
-        for key in merged:
-            np.testing.assert_array_equal(merged[key][order], whole[step][key][wanted])
-
-
-def test_batch_that_processes_cannot_share(load):
-    with pytest.raises(DataError, match=r"config\.batch_size=8 is not divisible by the 3 processes; near it: 6, 9"):
-        load(process_count=3)
+    shares = [take(load(rows=its), steps) for its in rows]
+    merged = []
+    for parts in zip(*shares, strict=True):
+        assert all(len(part["index"]) == len(its) for part, its in zip(parts, rows, strict=True))
+        order = np.argsort(np.concatenate(rows))
+        merged.append({key: np.concatenate([part[key] for part in parts])[order] for key in parts[0]})
+    assert_same(merged, take(load(), steps))  # the same pictures in the same order, row for row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,82 +150,76 @@ def test_batch_that_processes_cannot_share(load):
 # Starting worker processes takes seconds each time: they are tried here only, in the longest chain.
 @pytest.mark.parametrize("workers, placed", [(0, False), (0, True), (2, True)])
 def test_resume_is_exact(load, workers, placed):
-    def make() -> grain.IterDataset:
-        loader = load(dataclasses.replace(DATA, workers=workers))
-        return pipeline.place(loader, sharding(), prefetch=2) if placed else loader
+    def make(start: int) -> grain.IterDataset:
+        loader = load(dataclasses.replace(DATA, workers=workers), start=start)
+        return pipeline.place(loader, sharding(), BATCH, prefetch=2) if placed else loader
 
     before, after = 4, 6  # the first epoch ends in the fifth batch
-    iterator = iter(make())
-    for _ in range(before):
-        next(iterator)
-    state = pickle.loads(pickle.dumps(iterator.get_state()))
-    wanted = [jax.tree.map(np.array, next(iterator)) for _ in range(after)]
-    iterator.close()
-
-    other = iter(make())
-    other.set_state(state)
-    assert_same([next(other) for _ in range(after)], wanted)
-    if workers:  # processes change nothing in what comes out
-        assert_same(wanted, take(load(), before + after)[before:])
-    else:  # going back on a running iterator is as exact
-        other.set_state(state)
-        assert_same([next(other)], wanted[:1])
-    other.close()
-    indices = np.concatenate([batch["index"] for batch in wanted])
+    everything = take(load(), before + after)
+    assert_same(
+        [jax.tree.map(np.array, batch) for batch in take(make(start=before * BATCH), after)], everything[before:]
+    )
+    indices = np.concatenate([batch["index"] for batch in everything[before:]])
     assert len(set(indices.tolist())) < len(indices)  # it did cross into the next epoch
 
 
-def test_state_survives_another_number_of_processes(load):
-    iterator = iter(load())
-    next(iterator)
-    state = iterator.get_state()
-    wanted = next(iterator)["index"]
-    shares = [iter(load(process_index=i, process_count=2)) for i in range(2)]
-    for share in shares:
-        share.set_state(state)
-    assert sorted(np.concatenate([next(share)["index"] for share in shares])) == sorted(wanted)
+def test_any_number_of_processes_goes_on_where_others_stopped(load):
+    """Four processes, then two, then one: every record once an epoch, in the order that one process would have."""
+    position, steps, stream = 0, (3, 4, 5), []
+    for rows, count in zip((SHARES["4"], SHARES["alternating"], np.arange(BATCH)[None]), steps, strict=True):
+        shares = [take(load(rows=its, start=position), count) for its in rows]
+        for parts in zip(*shares, strict=True):
+            index = np.empty(BATCH, np.int64)
+            for its, part in zip(rows, parts, strict=True):
+                index[its] = part["index"]
+            stream += index.tolist()
+        position += count * BATCH
+    assert stream == np.concatenate([batch["index"] for batch in take(load(), sum(steps))]).tolist()
+    assert position > 2 * SIZE  # two epochs ended on the way, each in the middle of a batch
+    for epoch in range(2):
+        assert sorted(stream[epoch * SIZE : (epoch + 1) * SIZE]) == list(range(SIZE))
 
 
-def test_position_key_tells_what_a_state_is_good_for(small, small_folder):
-    wanted = pipeline.position_key(small, DATA, batch_size=8, seed=0)
-    assert wanted == pipeline.position_key(small, DATA, batch_size=8, seed=0)
+def test_position_key_tells_what_a_position_is_good_for(small, small_folder):
+    wanted = pipeline.position_key(small, seed=0)
+    assert wanted == pipeline.position_key(open_source(small.name), seed=0)
     part = open_source(f"array_record:{small_folder}/small-0.array_record")
-    assert pipeline.position_key(part, DATA, batch_size=8, seed=0) != wanted
-    assert pipeline.position_key(small, dataclasses.replace(DATA, workers=2), batch_size=8, seed=0) != wanted
-    assert pipeline.position_key(small, DATA, batch_size=16, seed=0) != wanted
-    assert pipeline.position_key(small, DATA, batch_size=8, seed=1) != wanted
+    assert pipeline.position_key(part, seed=0) != wanted
+    assert pipeline.position_key(small, seed=1) != wanted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_evaluation_is_one_pass(small, small_tokenizer, processes):
-    def batches(index: int) -> list:
+@pytest.mark.parametrize("rows", [np.arange(BATCH)[None], SHARES["alternating"]], ids=["1", "alternating"])
+def test_evaluation_is_one_pass(small, small_tokenizer, rows):
+    def batches(its: np.ndarray) -> list:
         options = {"image_size": 24, "length": 16, "batch_size": BATCH}
-        return list(
-            pipeline.eval_batches(small, small_tokenizer, DATA, **options, process_index=index, process_count=processes)
-        )
+        return list(pipeline.eval_batches(small, small_tokenizer, DATA, **options, rows=its))
 
-    shares = [batches(i) for i in range(processes)]
+    shares = [batches(its) for its in rows]
     assert {len(share) for share in shares} == {-(-SIZE // BATCH)}
-    rows = {}
-    for batch in itertools.chain.from_iterable(shares):
-        assert batch["images"].shape == (BATCH // processes, 24, 24, 3)
-        assert batch["valid"].dtype == bool and batch["index"].dtype == np.int64
-        for i, valid in enumerate(batch["valid"]):
-            if valid:
-                assert int(batch["index"][i]) not in rows
-                rows[int(batch["index"][i])] = batch["images"][i], batch["tokens"][i]
-            else:
-                assert batch["index"][i] == -1 and not batch["images"][i].any() and not batch["tokens"][i].any()
-    assert sorted(rows) == list(range(SIZE))
-    for index, (pixels, tokens) in rows.items():
+    found = {}
+    for its, share in zip(rows, shares, strict=True):
+        for number, batch in enumerate(share):
+            assert batch["images"].shape == (len(its), 24, 24, 3)
+            # Of the whole batch, on every process.
+            records = np.arange(number * BATCH, (number + 1) * BATCH)
+            np.testing.assert_array_equal(batch["valid"], records < SIZE)
+            np.testing.assert_array_equal(batch["index"], np.where(records < SIZE, records, -1))
+            for i, row in enumerate(its):
+                if batch["valid"][row]:
+                    assert batch["index"][row] not in found
+                    found[int(batch["index"][row])] = batch["images"][i], batch["tokens"][i]
+                else:
+                    assert not batch["images"][i].any() and not batch["tokens"][i].any()
+    assert sorted(found) == list(range(SIZE))
+    for index, (pixels, tokens) in found.items():
         record = small[index]
         np.testing.assert_array_equal(pixels, images.Preprocessor(24).pixels([record.image])[0])
         np.testing.assert_array_equal(tokens, small_tokenizer.encode(record.captions[0], 16))
-    assert_same(shares[0], batches(0))
+    assert_same(shares[0], batches(rows[0]))
 
 
 def test_bad_picture_names_its_record(tmp_path, small_tokenizer):
@@ -252,7 +245,7 @@ def sharding() -> jax.sharding.NamedSharding:
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_place(load, prefetch):
     host = take(load(), 3)
-    placed = take(pipeline.place(load(), sharding(), prefetch), 3)
+    placed = take(pipeline.place(load(), sharding(), BATCH, prefetch), 3)
     for batch, wanted in zip(placed, host, strict=True):
         for key in ("images", "tokens"):
             assert isinstance(batch[key], jax.Array)
@@ -263,10 +256,11 @@ def test_place(load, prefetch):
 
 def test_place_ends_with_the_evaluation(small, small_tokenizer):
     loader = pipeline.eval_batches(small, small_tokenizer, DATA, image_size=24, length=16, batch_size=BATCH)
-    valid = [np.asarray(batch["valid"]) for batch in pipeline.place(loader, sharding())]
+    valid = [np.asarray(batch["valid"]) for batch in pipeline.place(loader, sharding(), BATCH)]
     assert np.concatenate(valid).sum() == SIZE
 
 
+# Rows 0, 1, 4, 5 of a batch belong to the first process: the devices alternate in the mesh.
 TWO_PROCESSES = """
 import sys
 import jax
@@ -279,22 +273,21 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(index))
 assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
-mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+devices = sorted(jax.devices(), key=lambda device: device.id)
+mesh = jax.sharding.Mesh(np.array(devices)[[0, 2, 1, 3]], ("fsdp",))
 sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
 loader = pipeline.train_loader(
     sources.open_source(spec), tokenizer.Tokenizer(model), config.Data(threads=2), image_size=24, length=16,
-    batch_size=8, seed=3, process_index=int(index), process_count=2,
+    batch_size=8, seed=3, rows=pipeline.process_rows(sharding, 8),
 )
-placed = iter(pipeline.place(loader, sharding))
-for local, batch in zip(iter(loader), placed):
+placed = iter(pipeline.place(loader, sharding, 8))
+for step, local, batch in zip(range(3), iter(loader), placed):
     assert batch["images"].shape == (8, 24, 24, 3) and local["images"].shape == (4, 24, 24, 3)
     for key in ("images", "tokens"):
         shards = sorted(batch[key].addressable_shards, key=lambda shard: shard.index[0].start)
         np.testing.assert_array_equal(np.concatenate([shard.data for shard in shards]), local[key])
-    total = jax.jit(lambda x: x.astype("float32").sum(), out_shardings=jax.sharding.NamedSharding(mesh, jax.P()))
-    print("sum", float(total(batch["images"])), flush=True)
-    if placed.get_state()["next_index"] == 3:
-        break
+    sums = jax.jit(lambda x: x.astype("float32").sum((1, 2, 3)), out_shardings=jax.NamedSharding(mesh, jax.P()))
+    print("sums", *np.asarray(sums(batch["images"])).tolist(), flush=True)
 placed.close()
 """
 
@@ -316,7 +309,7 @@ def test_place_in_two_processes(small_folder, small_tokenizer, load, tmp_path, f
     ]
     results = [process.communicate(timeout=240) for process in started]
     assert [process.returncode for process in started] == [0, 0], results[0][1][-3000:] + results[1][1][-3000:]
-    sums = [[float(line.split()[1]) for line in out.splitlines() if line.startswith("sum")] for out, _ in results]
-    wanted = [float(batch["images"].sum(dtype=np.float64)) for batch in take(load(config.Data(threads=2)), 3)]
-    assert sums[0] == sums[1]
-    np.testing.assert_allclose(sums[0], wanted, rtol=1e-6)
+    lines = [[line.split()[1:] for line in out.splitlines() if line.startswith("sums")] for out, _ in results]
+    wanted = [batch["images"].sum((1, 2, 3), dtype=np.float64) for batch in take(load(config.Data(threads=2)), 3)]
+    assert lines[0] == lines[1]
+    np.testing.assert_allclose(np.array(lines[0], float), wanted, rtol=1e-6)

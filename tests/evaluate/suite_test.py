@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
+import threading
 from typing import Any
 
 import numpy as np
@@ -202,6 +204,43 @@ def test_pixel_baseline_is_computed_once(world, tmp_path, monkeypatch):
     assert run(world, whole(world), cache=cache).metrics == first
     assert len(calls) == 4
     assert set(json.loads(cache.read_text())) and pixels.baselines({}, world.reference, cache=cache) == {}
+
+
+def test_processes_share_the_work(world):
+    """Two of them, here as threads: each finds what one finds alone, and the first shows it."""
+    meeting, said = threading.Barrier(2, timeout=60), ["", ""]
+    baselines = []
+
+    def process(index: int) -> suite.Results:
+        def gather(value: Any) -> list[Any]:
+            said[index] = json.dumps(value)
+            meeting.wait()
+            everyone = [json.loads(text) for text in said]
+            meeting.wait()
+            return everyone
+
+        class Reference:
+            """The training source, with a note of who reads it."""
+
+            name = world.reference.name
+            fingerprint = world.reference.fingerprint
+
+            def __len__(self):
+                return len(world.reference)
+
+            def __getitem__(self, i):
+                baselines.append(index)
+                return world.reference[i]
+
+        return run(world, whole(world, noise=3.0), processes=suite.Processes(index, 2, gather), reference=Reference())
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(process, range(2))
+    alone = run(world, whole(world, noise=3.0))
+    assert first.metrics == second.metrics == alone.metrics
+    assert first.queries == alone.queries and not second.queries
+    assert first.captions == alone.captions
+    assert set(baselines) == {0}
 
 
 def test_batches_that_leave_records_out_are_refused(world):

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,12 +10,9 @@ from etils import epath
 
 from coca_jax import config, sharding
 from coca_jax.config import ConfigError
-from coca_jax.data import pipeline
-from coca_jax.data.sources import open_source
-from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.train import checkpoint, optimizer, state
 from coca_jax.train.checkpoint import CheckpointError, Checkpoints
-from tests import pairs, tiny
+from tests import tiny
 
 MESH = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
 C = tiny.replace(tiny.CONFIG, model__text__vocab_size=300, optimizer__ema_decay=0.9)
@@ -30,84 +25,82 @@ def fresh() -> state.TrainState:
         return state.real(C, TX, MESH)
 
 
-@pytest.fixture
-def iterator(tmp_path: pathlib.Path) -> Iterator[Any]:
-    source, tokenizer = pairs.write(tmp_path)
-    loader = pipeline.train_loader(
-        open_source(source), Tokenizer(tokenizer), C.data, image_size=16, length=9, batch_size=8, seed=0
-    )
-    batches = iter(loader)
-    yield batches
-    batches.close()
-
-
 def at(fresh: state.TrainState, step: int, shift: float = 0.0) -> state.TrainState:
     params = jax.tree.map(lambda x: x + shift, fresh.params)
     return dataclasses.replace(fresh, step=jax.numpy.asarray(step), params=params)
 
 
-def test_everything_comes_back_to_the_bit(tmp_path: pathlib.Path, fresh: state.TrainState, iterator: Any) -> None:
-    next(iterator)
-    identity = {"source": "abc", "workers": 0}
+def test_everything_comes_back_to_the_bit(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
+    identity = {"source": "abc", "seed": 2}
     with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:
-        checkpoints.save(at(fresh, 3), iterator, identity)
-        expected = [next(iterator)["index"].tolist() for _ in range(5)]
+        checkpoints.save(at(fresh, 3), 3 * 2**40, identity)
         checkpoints.wait()
-        abstract = state.abstract(C, TX, MESH)
-        restored = checkpoints.restore(abstract, iterator, identity)
-    assert restored is not None and int(restored.step) == 3
+        found = checkpoints.restore(state.abstract(C, TX, MESH), identity)
+    assert found is not None
+    restored, position = found
+    assert int(restored.step) == 3 and position == 3 * 2**40
     raw = [dataclasses.replace(s, rng=jax.random.key_data(s.rng)) for s in (restored, at(fresh, 3))]
     jax.tree.map(np.testing.assert_array_equal, *raw)
-    assert [next(iterator)["index"].tolist() for _ in range(5)] == expected
 
 
-def test_other_data_is_refused(tmp_path: pathlib.Path, fresh: state.TrainState, iterator: Any) -> None:
+def test_other_data_is_refused(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
     with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:
-        checkpoints.save(at(fresh, 1), iterator, {"workers": 0})
+        assert checkpoints.restore(state.abstract(C, TX, MESH), {"seed": 0}) is None
+        checkpoints.save(at(fresh, 1), 8, {"seed": 0})
         checkpoints.wait()
-        with pytest.raises(CheckpointError, match="workers was 0 when it was saved and is 2 now"):
-            checkpoints.restore(state.abstract(C, TX, MESH), iterator, {"workers": 2})
+        with pytest.raises(CheckpointError, match="seed was 0 when it was saved and is 2 now"):
+            checkpoints.restore(state.abstract(C, TX, MESH), {"seed": 2})
 
 
-def test_another_architecture_is_refused_leaf_by_leaf(
-    tmp_path: pathlib.Path, fresh: state.TrainState, iterator: Any
-) -> None:
+def test_a_position_of_an_earlier_version_is_refused(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
     with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:
-        checkpoints.save(at(fresh, 1), iterator, {})
+        checkpoints.save(at(fresh, 1), 8, {})
+        checkpoints.wait()
+    # As it was written, one file a process.
+    step = tmp_path / "checkpoints" / "1"
+    (step / "data" / "metadata").rename(step / "data" / "process_0-of-1.json")
+    (step / "identity").mkdir()
+    with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"checkpoints/1: .*earlier coca_jax.*another --workdir"):
+            checkpoints.restore(state.abstract(C, TX, MESH), {})
+        assert checkpoints.restore_parameters(state.abstract_parameters(C))[1] == 1
+
+
+def test_another_architecture_is_refused_leaf_by_leaf(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
+    with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:
+        checkpoints.save(at(fresh, 1), 0, {})
         checkpoints.wait()
         other = tiny.replace(C, model__image__mlp_dim=48, model__text__tie_embeddings=True)
         tx = optimizer.make_optimizer(other.optimizer, other.steps, state.abstract_parameters(other))
         with pytest.raises(CheckpointError) as error:
-            checkpoints.restore(state.abstract(other, tx, MESH), iterator, {})
+            checkpoints.restore(state.abstract(other, tx, MESH), {})
         assert "lm_head/kernel is unknown" in str(error.value)
         assert "mlp/up/kernel is (2, 16, 32) there and (2, 16, 48) here" in str(error.value)
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path: pathlib.Path, fresh: state.TrainState, iterator: Any) -> None:
+def test_the_newest_and_the_best_are_kept(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
     c = config.Checkpoint(keep=2, keep_best=1)
     with Checkpoints(tmp_path, c, best="seen/r1") as checkpoints:
         for step, score in ((1, 0.1), (2, 0.9), (3, None), (4, 0.3), (5, None)):
-            checkpoints.save(at(fresh, step), iterator, {}, None if score is None else {"seen/r1": score})
+            checkpoints.save(at(fresh, step), 0, {}, None if score is None else {"seen/r1": score})
         checkpoints.wait()
         assert checkpoints.latest() == 5
     steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert steps == [2, 4, 5]
 
 
-def test_less_is_better_for_losses(tmp_path: pathlib.Path, fresh: state.TrainState, iterator: Any) -> None:
+def test_less_is_better_for_losses(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
     with Checkpoints(tmp_path, config.Checkpoint(keep=1), best="seen/caption_loss") as checkpoints:
         for step, loss in ((1, 0.5), (2, 0.2), (3, 0.4)):
-            checkpoints.save(at(fresh, step), iterator, {}, {"seen/caption_loss": loss})
+            checkpoints.save(at(fresh, step), 0, {}, {"seen/caption_loss": loss})
         checkpoints.wait()
     steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert steps == [2, 3]
 
 
-def test_parameters_alone_come_from_the_moving_average(
-    tmp_path: pathlib.Path, fresh: state.TrainState, iterator: Any
-) -> None:
+def test_parameters_alone_come_from_the_moving_average(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
     with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:
-        checkpoints.save(at(fresh, 7, shift=1.0), iterator, {})
+        checkpoints.save(at(fresh, 7, shift=1.0), 0, {})
         checkpoints.wait()
     with Checkpoints(tmp_path) as checkpoints:
         params, step = checkpoints.restore_parameters(state.abstract_parameters(C))

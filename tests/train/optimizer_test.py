@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,29 +36,42 @@ def test_no_warm_up_starts_at_the_peak() -> None:
 PARAMETERS = state.abstract_parameters(tiny.CONFIG)
 
 
-def _zeros() -> dict:
+def _ones() -> dict:
     return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), PARAMETERS)
 
 
-def test_only_matrices_decay() -> None:
-    c = config.Optimizer(name="adamw", peak_lr=0.5, schedule="constant", warmup=0.0, weight_decay=0.1)
-    tx = make_optimizer(c, 10, PARAMETERS)
-    params = _zeros()
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "muon"])
+@pytest.mark.parametrize("mask", [config.Optimizer().decay_mask, r"(text_decoder/lm_head|.*mlp/up)/.*"])
+def test_what_the_mask_names_decays(name: str, mask: str) -> None:
+    c = config.Optimizer(name=name, peak_lr=0.5, schedule="constant", warmup=0.0, weight_decay=0.1, decay_mask=mask)
+    encoder, decoder = PARAMETERS["image_encoder"], PARAMETERS["text_decoder"]
+    some = {
+        "image_encoder": {"blocks": {name: encoder["blocks"][name] for name in ("mlp", "mlp_norm")}},
+        "text_decoder": {name: decoder[name] for name in ("lm_head", "token_embedding", "cls_norm")},
+        "logit_scale": PARAMETERS["logit_scale"],
+    }
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), some)
+    tx = make_optimizer(c, 10, params)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    decaying = set()
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
-        name = path_of(path)
-        decays = name.rsplit("/", 1)[-1] in ("kernel", "embedding")
-        expected = -0.5 * 0.1 if decays else 0.0  # decoupled: times the rate
-        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=name)
+        where = path_of(path)
+        if re.fullmatch(mask, where):
+            decaying.add(where)
+        expected = -0.5 * 0.1 if where in decaying else 0.0  # decoupled: times the rate
+        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=where)
+    # The groups that Muon has: matrices of the layers, and what it leaves to AdamW.
+    assert {"text_decoder/lm_head/kernel", "image_encoder/blocks/mlp/up/kernel"} < decaying
 
 
-def test_frozen_parameters_do_not_move_and_have_no_moments() -> None:
-    c = config.Optimizer(name="adamw", freeze=("image_encoder/.*",))
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_parameters_do_not_move_and_have_no_moments(name: str) -> None:
+    c = config.Optimizer(name=name, freeze=("image_encoder/.*",))
     tx = make_optimizer(c, 10, PARAMETERS)
-    params = _zeros()
+    params = _ones()
     opt_state = tx.init(params)
     assert not any("image_encoder" in path_of(p) for p, _ in jax.tree_util.tree_leaves_with_path(opt_state))
-    updates, _ = tx.update(params, opt_state, params)
+    updates, _ = jax.jit(tx.update)(params, opt_state, params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates["image_encoder"]))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(updates["text_decoder"]["lm_head"]))
 
@@ -105,7 +121,7 @@ def test_adafactor_is_the_recipe() -> None:
 def test_gradients_are_clipped_to_the_global_norm() -> None:
     c = config.Optimizer(name="adamw", clip_norm=1.0, weight_decay=0.0)
     tx = make_optimizer(c, 10, PARAMETERS)
-    params = _zeros()
+    params = _ones()
     huge = jax.tree.map(lambda x: 1e3 * x, params)
     state_after = tx.update(huge, tx.init(params), params)[1]
     moments = next(s for s in jax.tree.leaves(state_after, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu")).mu
@@ -123,3 +139,60 @@ def test_muon_knows_the_matrices() -> None:
 def test_patterns_match_whole_paths() -> None:
     hits = matching(PARAMETERS, ["text_decoder/.*"])
     assert all(jax.tree.leaves(hits["text_decoder"])) and not any(jax.tree.leaves(hits["text_projection"]))
+
+
+MOMENTUM = {"adafactor": "ema", "adamw": "mu", "muon": "mu"}
+
+
+@pytest.mark.parametrize("name", MOMENTUM)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_momentum_is_stored_as_configured_and_all_else_in_float32(name: str, dtype: str, param_dtype: str) -> None:
+    c = config.Optimizer(name=name, state_dtype=dtype)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), PARAMETERS)
+    tx = make_optimizer(c, 10, shapes)
+    opt_state = jax.eval_shape(tx.init, shapes)
+    _, after = jax.eval_shape(lambda g, s, p: tx.update(g, s, p), shapes, opt_state, shapes)
+    kinds = jax.tree_util.tree_map_with_path(lambda path, leaf: (path_of(path), leaf.shape, str(leaf.dtype)), opt_state)
+    assert kinds == jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (path_of(path), leaf.shape, str(leaf.dtype)), after
+    )
+    momentum = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        parts = path_of(path).split("/")
+        if MOMENTUM[name] in parts:
+            momentum += leaf.size
+            assert leaf.dtype == dtype, path_of(path)
+        elif jnp.issubdtype(leaf.dtype, jnp.floating):
+            assert leaf.dtype == jnp.float32, path_of(path)
+    assert momentum == state.parameter_count(PARAMETERS)
+
+
+def _descend(c: config.Optimizer, dtype: str, steps: int = 60) -> float:
+    """Mean square distance of a matrix from its target after some steps on noisy gradients; it starts at 1."""
+    rng = np.random.default_rng(0)
+    target = jnp.asarray(rng.normal(size=(16, 24)), jnp.float32)
+    noise = jnp.asarray(rng.normal(size=(steps, 16, 24)), jnp.float32)
+    params: Any = {"image_projection": {"kernel": jnp.zeros((16, 24), dtype)}}
+    tx = make_optimizer(c, steps, params)
+
+    def step(carry: Any, noise: Any) -> Any:
+        params, opt_state = carry
+        gradient = params["image_projection"]["kernel"].astype(jnp.float32) - target + 0.3 * noise
+        updates, opt_state = tx.update({"image_projection": {"kernel": gradient}}, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    (params, _), _ = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), noise))()
+    assert params["image_projection"]["kernel"].dtype == dtype
+    return float(jnp.mean((params["image_projection"]["kernel"] - target) ** 2) / jnp.mean(target**2))
+
+
+@pytest.mark.parametrize("name", MOMENTUM)
+def test_bfloat16_momentum_and_parameters_descend_as_float32_does(name: str) -> None:
+    rate = 0.4 if name == "muon" else 0.1  # Muon's updates have a root-mean-square of 0.2
+    c = config.Optimizer(name=name, peak_lr=rate, warmup=0.0, weight_decay=0.0)
+    full = _descend(c, "float32")
+    assert full < 0.1
+    half = tiny.replace(c, state_dtype="bfloat16")
+    assert _descend(half, "float32") < 1.1 * full + 0.002
+    assert _descend(half, "bfloat16") < 1.2 * full + 0.005

@@ -20,7 +20,10 @@ from coca_jax.train.metrics import read_lines
 from tests import conftest, pairs
 
 # What a clock says is not the run's.
-CLOCKS = ("examples_per_second", "data_wait_seconds")
+CLOCKS = (
+    *("examples_per_second", "images_per_second_per_device", "model_tflops_per_device", "mfu"),
+    "data_wait_seconds",
+)
 
 
 def start(folder: pathlib.Path, workdir: pathlib.Path, source: str, tokenizer: pathlib.Path) -> subprocess.Popen[str]:
@@ -102,7 +105,7 @@ def test_killed_and_restarted_is_bit_identical(tmp_path: pathlib.Path) -> None:
     assert one.keys() == other.keys() and any("ema" in name for name in one) and any("mu" in name for name in one)
     for name in one:
         np.testing.assert_array_equal(other[name], one[name], err_msg=name)
-    positions = [json.loads((w / "checkpoints/12/data/process_0-of-1.json").read_text()) for w in (whole, broken)]
-    assert positions[0] == positions[1]
+    positions = [json.loads((w / "checkpoints/12/data/metadata").read_text()) for w in (whole, broken)]
+    assert positions[0] == positions[1] and positions[0]["position"] == 12 * 8
 
     assert "complete" in finish(start(tmp_path, broken, source, tokenizer), 0)

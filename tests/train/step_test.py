@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from coca_jax import config, sharding
 from coca_jax.train import optimizer, state
-from coca_jax.train.step import compile_step
+from coca_jax.train.step import compile_step, train_step
 from tests import tiny
 
 # Skewed on purpose: a mean per device, or per row, would weigh the long captions less.
@@ -126,9 +128,18 @@ def test_moving_average_follows_the_parameters() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), now.ema, expected)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
-def test_each_optimizer_lowers_the_loss(name: str) -> None:
-    c = tiny.replace(tiny.CONFIG, optimizer__name=name, steps=12)
+@pytest.mark.parametrize(
+    ("name", "state_dtype", "param_dtype"),
+    [
+        ("adamw", "float32", "float32"),
+        ("adafactor", "float32", "float32"),
+        ("muon", "bfloat16", "float32"),
+        ("adafactor", "bfloat16", "bfloat16"),
+    ],
+)
+def test_each_optimizer_lowers_the_loss(name: str, state_dtype: str, param_dtype: str) -> None:
+    changes = {"optimizer__state_dtype": state_dtype, "model__param_dtype": param_dtype}
+    c = tiny.replace(tiny.CONFIG, optimizer__name=name, steps=12, **changes)
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     tx = optimizer.make_optimizer(c.optimizer, c.steps, state.abstract_parameters(c))
     with jax.set_mesh(mesh):
@@ -139,3 +150,19 @@ def test_each_optimizer_lowers_the_loss(name: str) -> None:
             now, metrics = step(now, tiny.batch(c.model, LENGTHS))
             losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.85 * losses[0], losses
+
+
+def test_a_step_keeps_shapes_and_dtypes() -> None:
+    """Else the second step is compiled again, and a checkpoint of the first does not fit."""
+    changes = {"optimizer__state_dtype": "bfloat16", "model__param_dtype": "bfloat16", "optimizer__ema_decay": 0.9}
+    c = tiny.replace(tiny.CONFIG, microbatches=2, **changes)
+    tx = optimizer.make_optimizer(c.optimizer, c.steps, state.abstract_parameters(c))
+    before = jax.eval_shape(lambda: state.create(c, tx))
+    after, metrics = jax.eval_shape(lambda s, b: train_step(c, tx, s, b), before, tiny.batch(c.model, LENGTHS))
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), before, after)
+    assert all(jax.tree.leaves(same)), same
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(metrics)} == {"float32"}
+    kernel = ("image_encoder", "blocks", "mlp", "up", "kernel")
+    for tree, dtype in ((after.params, jnp.bfloat16), (after.ema, jnp.float32)):
+        leaf = functools.reduce(lambda node, name: node[name], kernel, tree)
+        assert leaf.dtype == dtype

@@ -1,0 +1,132 @@
+"""What accelerators can do, by their makers' data: one table, for the planner and for the numbers while training.
+
+Peaks are dense bfloat16 products; where a maker prints the figure with sparsity, half of it. 1 TFLOP is 10^12
+operations, a multiply-add counts as two; GB is 10^9 bytes, GiB 2^30.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip (a TPU v4 or v5p chip has two cores that work as one device).
+
+    Attributes:
+      name: as topologies are named, or the usual one.
+      device_kinds: patterns of `jax.Device.device_kind`, matched from the start.
+      peak_tflops: dense bfloat16 TFLOP/s.
+      hbm_gib: GiB of memory.
+      usable_gib: GiB that a program may take. Of a TPU, what the compiler refuses to go beyond; of a GPU, the share
+        that JAX allocates unless told otherwise (XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75).
+      hbm_gbs: GB/s of memory.
+      interconnect_gbs: GB/s that a chip can send to its neighbours while it receives as much, over all its links.
+      dimensions: of the torus that the chips of a slice make; 0: not a TPU.
+      source: the maker's page.
+      checked: whether the figures were read on that page; what was not is said in a comment beside them.
+    """
+
+    name: str
+    device_kinds: tuple[str, ...]
+    peak_tflops: float
+    hbm_gib: float
+    usable_gib: float
+    hbm_gbs: float
+    interconnect_gbs: float
+    dimensions: int
+    source: str
+    checked: bool
+
+
+# The pages of Google's were read in their copies of 2026. `usable_gib` is what libtpu 0.0.52 says in its message
+# when a program is too large.
+CHIPS: tuple[Chip, ...] = (
+    # The page has no figure for the links: 6 of 50 GB/s are from Jouppi et al. 2023 (arXiv 2304.01433), not read again.
+    Chip("v4", (r"TPU v4$",), 275, 32, 30.75, 1200, 300, 3, "https://docs.cloud.google.com/tpu/docs/v4", True),
+    # Of the links the pages give both directions together: 400, 1200 and 800 GB/s; one way is half.
+    Chip(
+        "v5e",
+        (r"TPU v5 ?lite$", r"TPU v5e$"),
+        197,
+        16,
+        15.75,
+        819,
+        200,
+        2,
+        "https://docs.cloud.google.com/tpu/docs/v5e",
+        True,
+    ),
+    Chip(
+        "v5p",
+        (r"TPU v5$", r"TPU v5p$"),
+        459,
+        95,
+        95.73,
+        2765,
+        600,
+        3,
+        "https://docs.cloud.google.com/tpu/docs/v5p",
+        True,
+    ),
+    Chip(
+        "v6e",
+        (r"TPU v6 ?lite$", r"TPU v6e$"),
+        918,
+        32,
+        31.24,
+        1638,
+        400,
+        2,
+        "https://docs.cloud.google.com/tpu/docs/v6e",
+        True,
+    ),
+    # NVIDIA's pages could not be read: the figures are those that resellers and MLPerf submissions print.
+    Chip(
+        "a100-80",
+        (r"NVIDIA A100.*80GB",),
+        312,
+        80,
+        60,
+        2039,
+        300,
+        0,
+        "https://www.nvidia.com/en-us/data-center/a100/",
+        False,
+    ),
+    Chip(
+        "h100",
+        (r"NVIDIA H100 80GB HBM3",),
+        989,
+        80,
+        60,
+        3350,
+        450,
+        0,
+        "https://www.nvidia.com/en-us/data-center/h100/",
+        False,
+    ),
+    Chip(
+        "h200",
+        (r"NVIDIA H200",),
+        989,
+        141,
+        105.75,
+        4800,
+        450,
+        0,
+        "https://www.nvidia.com/en-us/data-center/h200/",
+        False,
+    ),
+)
+
+
+def of_device_kind(kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`; None where it is not in the table (a CPU, another GPU)."""
+    return next((chip for chip in CHIPS if any(re.match(pattern, kind) for pattern in chip.device_kinds)), None)
+
+
+def tpu(name: str) -> Chip | None:
+    """The TPU of a name such as `v5e`, or None."""
+    return next((chip for chip in CHIPS if chip.name == name and chip.dimensions), None)

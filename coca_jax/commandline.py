@@ -1,0 +1,43 @@
+"""The command line of `coca_jax.main` and `coca_jax.plan`: what is wrong with it is said in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from absl import flags
+
+from coca_jax import config
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags and returns the other arguments; exits with one line that says what is wrong with them."""
+    try:
+        for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
+            name, equals, value = argument.partition("=")
+            name = name.lstrip("-") if name.startswith("-") else ""
+            file = (value if equals else following).split(":")[0]
+            if name == "config" and not os.path.isfile(file):
+                raise config.ConfigError(
+                    f"--config={file}: no such file; a recipe is a file such as configs/quickstart.py"
+                )
+            if name.startswith("config."):
+                config.check_key(name.removeprefix("config."))
+        return flags.FLAGS(argv)
+    except SystemExit as done:
+        # absl ends with 1 after its help, which is no failure.
+        sys.exit(0 if {"--help", "--helpshort", "--helpfull"} & set(argv) else done.code)
+    except Exception as error:  # a recipe is a program: it may raise anything
+        sys.exit(f"error: {_one_line(error)}")
+
+
+def _one_line(error: BaseException) -> str:
+    """The message, on one line; of an error in a recipe, where in its file it was raised."""
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame in traceback.extract_tb(cause.__traceback__):
+            if frame.name == "get_config":
+                return f"{frame.filename}:{frame.lineno}: {type(cause).__name__}: {' '.join(str(cause).split())}"
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())

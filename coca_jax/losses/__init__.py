@@ -1,0 +1,54 @@
+"""The two objectives (CoCa paper, equations 1, 2 and 4), as means over the GLOBAL batch whatever the mesh.
+
+`pairs` is the contrastive loss and `tiles` its form for large batches, `tokens` the captioning loss. Everything here is
+float32. Axes: b batch, t text tokens, d width, e the contrastive space, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from coca_jax import config
+from coca_jax.losses.pairs import Metrics, contrastive
+from coca_jax.losses.tokens import captioning, targets, token_losses
+from coca_jax.model.coca import Output
+
+__all__ = ["Metrics", "captioning", "contrastive", "targets", "token_losses", "total"]
+
+
+def total(
+    output: Output, head: Float[Array, "d v"] | None, tokens: Int[Array, "b t"], loss: config.Loss, *, pad_id: int
+) -> tuple[Float[Array, ""], Metrics]:
+    """`lambda_con * contrastive + lambda_cap * captioning` (CoCa equation 4), and its parts.
+
+    Args:
+      output: of CoCa.forward with the halves whose weight is not 0.
+      head: the output softmax's kernel; may be None where lambda_cap is 0.
+      tokens: the captions.
+      loss: weights, kind of the contrastive loss, sizes of tiles and chunks.
+      pad_id: of padding.
+    """
+    value = jnp.zeros((), jnp.float32)
+    metrics: Metrics = {}
+    if loss.lambda_con:
+        assert output.image_features is not None and output.text_features is not None
+        assert output.logit_scale is not None
+        part, metrics = contrastive(
+            output.image_features,
+            output.text_features,
+            output.logit_scale,
+            output.logit_bias,
+            kind=loss.contrastive,
+            tile=loss.contrastive_tile,
+        )
+        value = value + loss.lambda_con * part
+        metrics |= {"loss/contrastive": part, "logit_scale": output.logit_scale}
+        if output.logit_bias is not None:
+            metrics["logit_bias"] = output.logit_bias
+    if loss.lambda_cap:
+        assert output.hidden is not None and head is not None
+        part = captioning(output.hidden, head, tokens, pad_id=pad_id, chunk=loss.caption_chunk)
+        value = value + loss.lambda_cap * part
+        metrics["loss/captioning"] = part
+    return value, metrics | {"loss": value}

@@ -1,0 +1,90 @@
+"""How many operations the model needs, counted beside it.
+
+What is counted: matrix products, a multiply-add as two operations, as is usual for model FLOPs (Chowdhery et al. 2022,
+arXiv 2204.02311, appendix B). What is not: softmax, norms, activations and embedding look-ups. Attention counts the
+whole `[s, m]` square, causal or not: that is what the product computes. Training is three times the forward pass (one
+product forward, two backward); what is computed again to save memory is not the model's, and is left out.
+
+Axes: n image tokens, q pooled queries, t text tokens, d width, f MLP width, v vocabulary, e the contrastive space.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from coca_jax import config
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Operations of the forward pass of ONE image-text pair, by part."""
+
+    image_encoder: float
+    poolers: float
+    unimodal: float
+    multimodal: float
+    softmax: float  # over the vocabulary
+    contrastive: float  # the projections, and the similarities with the whole batch
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+def forward(
+    model: config.Model,
+    *,
+    batch_size: int,
+    length: int | None = None,
+    contrastive: bool = True,
+    captioning: bool = True,
+) -> Flops:
+    """Operations of the forward pass of one image-text pair.
+
+    Args:
+      model: sizes.
+      batch_size: of the whole job: each text is compared with that many images. 0 leaves the similarities out.
+      length: t, tokens of a caption without [CLS]; None for `text.length`.
+      contrastive, captioning: the halves that are computed, as CoCa.forward has them.
+    """
+    image, pooler, text = model.image, model.pooler, model.text
+    d, t = text.width, text.length if length is None else length
+    n = (image.size // image.patch) ** 2
+    patches = 2 * n * image.patch**2 * 3 * image.width
+    n += image.class_token
+    encoder = patches + image.depth * (_attention(n, n, image.width, image.width) + _mlp(n, image.width, image.mlp_dim))
+
+    poolers = 0.0
+    if captioning or pooler.kind != "parallel":
+        poolers += _attention(pooler.queries, n, d, image.width)
+    if contrastive and pooler.kind == "parallel":
+        poolers += _attention(1, n, d, image.width)
+    elif contrastive and pooler.kind == "cascade":
+        poolers += _attention(1, pooler.queries, d, d)
+
+    s = t + contrastive  # [CLS]
+    unimodal = text.n_uni * (_attention(s, s, d, d) + _mlp(s, d, text.mlp_dim))
+    multimodal = softmax = similarities = 0.0
+    if captioning:
+        q = pooler.queries - (pooler.kind == "single")
+        layer = _attention(t, t, d, d) + _attention(t, q, d, d) + (1 + text.cross_mlp) * _mlp(t, d, text.mlp_dim)
+        multimodal = text.n_multi * layer
+        softmax = 2.0 * t * d * text.vocab_size
+    if contrastive:
+        similarities = 2.0 * 2 * d * model.embed_dim + 2.0 * batch_size * model.embed_dim
+    return Flops(encoder, poolers, unimodal, multimodal, softmax, similarities)
+
+
+def _attention(s: int, m: int, width: int, kv_width: int) -> float:
+    """s queries over m keys: query and output, key and value, scores and mixture."""
+    return 2.0 * (2 * s * width * width + 2 * m * kv_width * width + 2 * s * m * width)
+
+
+def _mlp(s: int, width: int, mlp_dim: int) -> float:
+    return 2.0 * 2 * s * width * mlp_dim
+
+
+def of_step(c: config.Config) -> float:
+    """Model FLOPs of one training step over the global batch: three forward passes' worth."""
+    halves = {"contrastive": c.loss.lambda_con > 0, "captioning": c.loss.lambda_cap > 0}
+    return 3.0 * c.batch_size * forward(c.model, batch_size=c.batch_size, **halves).total

@@ -1,0 +1,310 @@
+"""Reads a compiled program (XLA's HLO text): bytes between chips by kind of collective, and bytes of memory traffic.
+
+XLA's own `cost_analysis` counts the body of a loop once, and our layers are loops. Here each instruction counts as
+often as its loops run. Figures are of one chip: a partitioned program is what one of them runs.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_CALLS = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+# They move nothing, or what they move is counted where it is used.
+_FREE = {
+    *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
+    *("after-all", "partition-id", "replica-id", "opt-barrier"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one chip moves in one run of a program, in bytes.
+
+    Attributes:
+      collectives: by kind, what a chip sends. Ring algorithms over g chips, of an array of size s in all: all-gather,
+        reduce-scatter and all-to-all s (g - 1) / g, all-reduce twice that; a permutation what is given.
+      exposed: the part of it that belongs to collectives which the program waits for on the spot.
+      hbm: read from and written to the chip's memory; what stays in its scratch memory is not counted.
+      unknown_loops: loops whose number of rounds is not in the text; they count as one round.
+    """
+
+    collectives: dict[str, float]
+    exposed: float
+    hbm: float
+    unknown_loops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str  # attributes, after the operands
+    text: str  # what stands between the parentheses
+    root: bool
+
+    @property
+    def calls(self) -> list[str]:
+        branches = _BRANCHES.search(self.rest)
+        names = [n.strip().lstrip("%") for n in branches.group(1).split(",")] if branches else []
+        return names + _CALLS.findall(self.rest)
+
+    @property
+    def arrays(self) -> list[tuple[float, bool]]:
+        """Bytes, and whether it lies in the main memory, of each array of the result."""
+        return [
+            (_bytes(*found.groups()[:2]), "S(" not in (found.group(3) or "")) for found in _ARRAY.finditer(self.shape)
+        ]
+
+    @property
+    def size(self) -> float:
+        return sum(size for size, _ in self.arrays)
+
+    @property
+    def in_hbm(self) -> float:
+        return sum(size for size, there in self.arrays if there)
+
+
+Computation = dict[str, _Instruction]
+
+
+def traffic(text: str, chips: int) -> Traffic:
+    """Counts what a compiled program moves.
+
+    Args:
+      text: `compiled.as_text()` of a program that is partitioned over chips.
+      chips: of the whole program, for collectives that name no groups.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+    computations, entry = _parse(text)
+    sent: dict[str, float] = dict.fromkeys(COLLECTIVES, 0.0)
+    exposed = hbm = 0.0
+    unknown = 0
+
+    def visit(name: str, times: float) -> None:
+        nonlocal exposed, hbm, unknown
+        for size, kind, waits in _collectives(computations, name, chips):
+            sent[kind] += times * size
+            exposed += times * size if waits else 0.0
+        here = computations[name]
+        for instruction in here.values():
+            hbm += times * _memory(computations, here, instruction)
+            if instruction.opcode == "while":
+                rounds = _rounds(computations, instruction)
+                unknown += rounds is None
+                visit(_called(instruction, "body"), times * (1 if rounds is None else rounds))
+            elif instruction.opcode in ("call", "conditional"):
+                # One branch runs: as if it were the first.
+                for callee in instruction.calls[:1]:
+                    visit(callee, times)
+
+    visit(entry, 1.0)
+    return Traffic(sent, exposed, hbm, unknown)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text -> instructions
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            header = _HEADER.match(line)
+            if header and not line.startswith("HloModule"):
+                current = computations[header.group(2)] = {}
+                entry = header.group(2) if header.group(1) else entry
+        elif line.startswith("}"):
+            current = None
+        elif found := _NAME.match(line):
+            shape, end = _balanced(line, found.end())
+            opening = line.index("(", end)
+            operands, close = _balanced(line, opening)
+            current[found.group(2)] = _Instruction(
+                name=found.group(2),
+                shape=shape,
+                opcode=line[end:opening].strip(),
+                operands=tuple(_OPERAND.findall(operands)),
+                rest=line[close:],
+                text=operands[1:-1],
+                root=bool(found.group(1)),
+            )
+    if not entry:
+        raise ValueError("not the text of a compiled program: it has no ENTRY computation")
+    return computations, entry
+
+
+def _balanced(line: str, start: int) -> tuple[str, int]:
+    """The parenthesised part, or else the word, that begins at `start`; and where it ends."""
+    if line[start] != "(":
+        end = line.index(" ", start)
+        return line[start:end], end
+    depth = 0
+    for at in range(start, len(line)):
+        depth += (line[at] == "(") - (line[at] == ")")
+        if not depth:
+            return line[start : at + 1], at + 1
+    raise ValueError(f"parentheses do not close: {line[:200]}")
+
+
+def _bytes(kind: str, sizes: str) -> float:
+    """Of an array such as `bf16` of `8,128`; tokens and the like are nothing."""
+    bits = 8 if kind == "pred" else int(found.group()) if (found := re.search(r"\d+", kind)) else 0
+    return math.prod(int(size) for size in sizes.split(",") if size) * bits / 8
+
+
+def _called(instruction: _Instruction, role: str) -> str:
+    found = re.search(rf"\b{role}=%?([\w.\-]+)", instruction.rest)
+    assert found, f"{instruction.opcode} {instruction.name} names no {role}"
+    return found.group(1)
+
+
+def _rounds(computations: dict[str, Computation], loop: _Instruction) -> int | None:
+    """How often a loop runs: as it says itself, or what its counter is compared with (scans count from 0)."""
+    if known := re.search(r'"?known_trip_count"?:?=?\{"?n"?:"?(\d+)', loop.rest):
+        return int(known.group(1))
+    condition = computations[_called(loop, "condition")]
+    bodies = [condition, *(computations[c] for i in condition.values() for c in i.calls)]
+    compared = [i for body in bodies for i in body.values() if i.opcode == "compare"]
+    limits = [int(i.text) for i in condition.values() if i.opcode == "constant" and re.fullmatch(r"\d+", i.text)]
+    return limits[0] if len(compared) == len(limits) == 1 and "direction=LT" in compared[0].rest else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collectives
+
+
+def _collectives(computations: dict[str, Computation], name: str, chips: int) -> Iterator[tuple[float, str, bool]]:
+    """Bytes sent, kind, and whether the program waits for it, of the collectives of one loop body (or of the entry).
+
+    An asynchronous one stands in several fusions, from the one that starts it to the one that ends it, each time with
+    the same channel and chain: it is counted once.
+    """
+    found: dict[tuple[str, ...], tuple[float, str, bool]] = {}
+    stack = [(name, "")]
+    while stack:
+        computation, fused = stack.pop()
+        here = computations[computation]
+        chained = "async_collective" in fused or any("AsyncCollective" in i.rest for i in here.values())
+        for i in here.values():
+            kind = i.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                group = _group(i, chips)
+                # A TPU program writes a reduce-scatter as a fusion of an all-reduce and a slice.
+                kind = "reduce-scatter" if "all-reduce-scatter" in fused else kind
+                labels = re.findall(r'(?:channel_id=|chain_id=")(\d+)', i.rest)
+                key = ("chain", kind, *labels) if chained else (computation, i.name)
+                found[key] = (_sent(here, i, kind, group), kind, not (chained or i.opcode.endswith("-start")))
+            elif i.opcode in ("fusion", "async-start"):
+                stack += [(callee, f"{fused} {callee}") for callee in i.calls if callee in computations]
+    yield from found.values()
+
+
+def _sent(here: Computation, i: _Instruction, kind: str, group: int) -> float:
+    given = sum(here[o].size for o in i.operands if o in here)
+    share = (group - 1) / group
+    if kind == "all-gather":
+        return given * (group - 1)
+    if kind == "all-reduce":
+        return 2 * given * share
+    if kind == "collective-permute":
+        pairs = re.findall(r"\{(\d+),(\d+)\}", i.rest)
+        return given * (sum(a != b for a, b in pairs) / len(pairs) if pairs else 1.0)
+    return given * share  # reduce-scatter and all-to-all: of what is given
+
+
+def _group(i: _Instruction, chips: int) -> int:
+    """How many chips take part in one group of a collective."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", i.rest):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh.group(2))
+        return math.prod(int(part) if part else sizes[axis] for axis, part in parts)
+    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]", i.rest):
+        return int(tiled.group(2))
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", i.rest):
+        return listed.group(1).count(",") + 1
+    return chips
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def _memory(computations: dict[str, Computation], here: Computation, i: _Instruction) -> float:
+    """Bytes that one instruction reads from and writes to the main memory."""
+    if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")) or "AllocateBuffer" in i.rest:
+        return 0.0
+    given = [here[o] for o in i.operands if o in here]
+    if i.opcode == "fusion":
+        callee = computations[i.calls[0]]
+        read = sum(min(o.in_hbm, _read(computations, callee, n)) for n, o in enumerate(given))
+        written = [size for size, there in zip(_written(computations, callee), i.arrays, strict=False) if there[1]]
+        return read + sum(written)
+    if i.opcode in ("dynamic-slice", "slice", "gather"):
+        return (i.size if given and given[0].in_hbm else 0.0) + i.in_hbm
+    if i.opcode == "dynamic-update-slice":
+        return given[1].in_hbm + (given[1].size if i.in_hbm else 0.0)
+    if i.opcode.endswith("-start"):
+        # A copy gives (destination, source, counter), what else starts something (source, destination, counters).
+        arrays = [array for array in i.arrays if array[0] > 8]
+        size, there = arrays[0 if i.opcode == "copy-start" else -1] if arrays else (0.0, False)
+        return sum(min(o.in_hbm, size) for o in given[:1]) + (size if there else 0.0)
+    return sum(o.in_hbm for o in given if o.opcode != "constant") + i.in_hbm
+
+
+def _read(computations: dict[str, Computation], callee: Computation, number: int) -> float:
+    """Bytes that a fused computation reads of one of its parameters: of a stack of layers, the layers it slices out."""
+    names = [i.name for i in callee.values() if i.opcode == "parameter" and i.text == str(number)]
+    total = 0.0
+    users: dict[str, list[_Instruction]] = collections.defaultdict(list)
+    for i in callee.values():
+        for operand in set(i.operands):
+            users[operand].append(i)
+    while names:
+        name = names.pop()
+        for user in users[name]:
+            if user.opcode == "bitcast":
+                names.append(user.name)
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+                total += user.size
+            elif user.opcode == "fusion":
+                inner = computations[user.calls[0]]
+                total += sum(_read(computations, inner, n) for n, o in enumerate(user.operands) if o == name)
+            elif user.opcode == "tuple" or (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
+                continue  # handed on, or written in place
+            else:
+                return callee[name].size
+    return total
+
+
+def _written(computations: dict[str, Computation], callee: Computation) -> list[float]:
+    """Bytes that a fused computation writes, for each of its results: of an update in place, the update alone."""
+    root = next(i for i in callee.values() if i.root)
+    results = [callee[o] for o in root.operands if o in callee] if root.opcode == "tuple" else [root]
+    sizes = []
+    for result in results:
+        while result.opcode == "bitcast" and result.operands[0] in callee:
+            result = callee[result.operands[0]]
+        if result.opcode == "dynamic-update-slice":
+            sizes.append(callee[result.operands[1]].size)
+        elif result.opcode == "fusion":
+            sizes.append(sum(_written(computations, computations[result.calls[0]])))
+        else:
+            sizes.append(0.0 if result.opcode == "parameter" else result.size)
+    return sizes

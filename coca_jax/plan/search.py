@@ -1,0 +1,109 @@
+"""Looks for a mesh, microbatches and a remat policy that fit and are fast, within a number of compilations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from coca_jax import config
+from coca_jax.config import ConfigError
+from coca_jax.plan.estimate import Plan
+from coca_jax.plan.topology import Topology
+
+
+class Choice(NamedTuple):
+    """What the search may change: sizes of the mesh inside a slice, parts of the batch, remat policy of both towers."""
+
+    mesh: tuple[int, int, int]
+    microbatches: int
+    remat: str
+
+
+def configured(c: config.Config, choice: Choice) -> config.Config:
+    """The configuration with a choice in it."""
+    replica, fsdp, tensor = choice.mesh
+    model = dataclasses.replace(
+        c.model,
+        image=dataclasses.replace(c.model.image, remat=choice.remat),
+        text=dataclasses.replace(c.model.text, remat=choice.remat),
+    )
+    mesh = dataclasses.replace(c.mesh, replica=replica, fsdp=fsdp, tensor=tensor)
+    return dataclasses.replace(c, model=model, mesh=mesh, microbatches=choice.microbatches)
+
+
+def possible(c: config.Config, choice: Choice, topology: Topology) -> bool:
+    """Whether a choice passes the configuration's checks."""
+    try:
+        config.check(configured(c, choice), topology.chips, slice_count=topology.slices, platform="tpu")
+    except ConfigError:
+        return False
+    return True
+
+
+def meshes(topology: Topology) -> Iterator[tuple[int, int, int]]:
+    """Meshes of one slice worth trying: parameters over 8, 16, ... or all chips, tensor 1, then 2 and 4."""
+    for tensor in (1, 2, 4):
+        fsdp = 8
+        while fsdp * tensor <= topology.slice_chips:
+            if topology.slice_chips % (fsdp * tensor) == 0:
+                yield topology.slice_chips // (fsdp * tensor), fsdp, tensor
+            fsdp *= 2
+
+
+def search(c: config.Config, topology: Topology, plan: Callable[[config.Config], Plan | None]) -> list[Plan]:
+    """Tries choices, each once, the promising ones first.
+
+    Less recomputation is faster and larger, so of one mesh the first policy that fits, from the least recomputation to
+    the most, is its fastest without microbatches. If none fits, more and more microbatches are tried with the most. The
+    other meshes are tried with what was found, and at last the lighter policies with microbatches on the best mesh.
+
+    Args:
+      c: what is not searched stays as it is here.
+      topology: chips to compile for.
+      plan: compiles one configuration; None where no more may be tried.
+
+    Returns:
+      All that were tried, in that order.
+    """
+    tried: dict[Choice, Plan] = {}
+    over = False
+
+    def attempt(choice: Choice) -> Plan | None:
+        nonlocal over
+        if over or not possible(c, choice, topology):
+            return None
+        if choice not in tried:
+            found = plan(configured(c, choice))
+            if found is None:
+                over = True
+                return None
+            tried[choice] = found
+        return tried[choice]
+
+    def best() -> Choice | None:
+        fitting = {choice: p.step_seconds or 0.0 for choice, p in tried.items() if p.fits}
+        return min(fitting, key=fitting.__getitem__) if fitting else None
+
+    shape = config.mesh_shape(c.mesh, topology.chips, slice_count=topology.slices, platform="tpu")
+    dcn = config.dcn_shape(c.mesh, topology.slices)
+    inside = (shape[0] // dcn[0], shape[1] // dcn[1], shape[2] // dcn[2])
+    policies = list(config.REMAT)
+    parts = [n for n in (2**i for i in range(1, 9)) if n <= c.batch_size]
+
+    for remat in policies:
+        if (p := attempt(Choice(inside, 1, remat))) and p.fits:
+            break
+    if best() is None:
+        for n in parts:
+            if (p := attempt(Choice(inside, n, policies[-1]))) and p.fits:
+                break
+    start = best()
+    for mesh in meshes(topology):
+        at = start or Choice(inside, 1, policies[-1])
+        attempt(at._replace(mesh=mesh))
+    if found := best():
+        for n in parts[:2]:
+            for remat in policies[: policies.index(found.remat)]:
+                attempt(found._replace(microbatches=n, remat=remat))
+    return list(tried.values())

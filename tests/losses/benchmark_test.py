@@ -1,0 +1,36 @@
+"""benchmarks/losses.py, and what it measures for a slice of 16 chips that is not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import pytest
+
+
+def table(text: str) -> dict[str, float]:
+    """Temporaries, MiB a chip, by the name of the line."""
+    found = re.findall(r"^(\w+, [\w ]+?) {2,}([\d.]+) {2,}[\d.]+", text, re.MULTILINE)
+    return {name: float(mib) for name, mib in found}
+
+
+def test_the_benchmark_prints_memory_and_time(run_python) -> None:
+    sizes = ("--caption_batch=16", "--length=8", "--width=16", "--vocab=3000", "--chunk=16")
+    arguments = ["-m", "benchmarks.losses", "--topology=cpu", "--only=captioning", "--time=1", *sizes]
+    text = run_python(arguments, devices=1).stdout
+    temporaries = table(text)
+    assert list(temporaries) == ["captioning, all at once", "captioning, chunks of 16"], text
+    assert temporaries["captioning, chunks of 16"] * 4 < temporaries["captioning, all at once"]
+    assert "median, ms" in text
+
+
+@pytest.mark.slow
+def test_a_batch_of_65536_fits_16_chips_of_v5e(run_python) -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("NOT CHECKED: compiling for TPUs needs libtpu, which the test extra does not bring: install libtpu")
+    arguments = ["-m", "benchmarks.losses", "--topology=v5e:4x4", "--only=contrastive", "--way=tiles"]
+    # The compiler's own optimisation level: what the tests set speeds compilation up.
+    text = run_python(arguments, devices=1, env={"XLA_FLAGS": ""}, timeout=1800).stdout
+    temporaries = table(text)
+    assert list(temporaries) == ["softmax, tiles of 4096", "sigmoid, tiles of 4096"], text
+    assert max(temporaries.values()) < 0.6 * 1024, text

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coca_jax import config
+from coca_jax.interop import open_clip
+from coca_jax.model import flops
+from coca_jax.model.coca import CoCa
+from tests import tiny
+
+BATCH = 4
+
+
+def products(jaxpr: Any) -> float:
+    """Operations of a program's products: twice the product of all their axes, each counted once; loops as they run."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        assert equation.primitive.name not in ("while", "cond"), equation
+        if equation.primitive.name == "dot_general":
+            a, b = (v.aval.shape for v in equation.invars)
+            (contracted, _), (batch, _) = equation.params["dimension_numbers"]
+            shared = np.prod([a[i] for i in (*contracted, *batch)])
+            total += 2 * np.prod(a, dtype=float) * np.prod(b, dtype=float) / shared
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                total += times * products(inner) if hasattr(inner, "eqns") else 0.0
+    return total
+
+
+def forward(model: config.Model, params: Any, images: Any, tokens: Any, contrastive: bool, captioning: bool) -> Any:
+    """The forward pass and both objectives' products, written out naively."""
+    halves: Any = {"contrastive": contrastive, "captioning": captioning}
+    output: Any = CoCa(model).apply({"params": params}, images, tokens, method="forward", **halves)
+    total = jnp.zeros(())
+    if contrastive:
+        total += jnp.sum(jnp.square(output.image_features @ output.text_features.T))
+    if captioning:
+        head: Any = CoCa(model).apply({"params": params}, method="head")
+        total += jnp.sum(jnp.square(output.hidden @ head))
+    return total
+
+
+def arguments(model: config.Model) -> tuple[Any, Any, Any]:
+    images, tokens = tiny.images(model, BATCH), tiny.tokens(model, [model.text.length] * BATCH)
+    params = jax.eval_shape(lambda: CoCa(model).init(jax.random.key(0), images, tokens))["params"]
+    return params, images, tokens
+
+
+# No two sizes alike, so that one taken for another shows.
+ODD = tiny.replace(
+    tiny.MODEL,
+    embed_dim=6,
+    image=config.ImageEncoder(size=16, patch=4, width=24, depth=3, heads=2, mlp_dim=20),
+    text=config.TextDecoder(vocab_size=40, length=11, width=16, heads=2, mlp_dim=28, n_uni=1, n_multi=2),
+    pooler__queries=5,
+)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "cascade", "single"])
+@pytest.mark.parametrize(("contrastive", "captioning"), [(True, True), (True, False), (False, True)])
+def test_forward_equals_the_products_of_the_traced_model(kind: str, contrastive: bool, captioning: bool) -> None:
+    model = tiny.replace(ODD, pooler__kind=kind, text__cross_mlp=kind == "single", image__class_token=kind == "cascade")
+    jaxpr = jax.make_jaxpr(lambda p, i, t: forward(model, p, i, t, contrastive, captioning))(*arguments(model))
+    counted = flops.forward(model, batch_size=BATCH, contrastive=contrastive, captioning=captioning)
+    assert BATCH * counted.total == products(jaxpr.jaxpr)
+
+
+def test_training_is_three_forward_passes_but_for_the_pictures_gradient() -> None:
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p, i, t: forward(ODD, p, i, t, True, True)))(*arguments(ODD))
+    counted = flops.forward(ODD, batch_size=BATCH).total
+    # Nobody asks for the gradient of the pixels, nor are the pooler's queries images' own: the first product has one
+    # backward product and not two.
+    patches = 2 * 4 * 4 * (4 * 4 * 3) * 24
+    assert BATCH * (3 * counted - patches) == products(jaxpr.jaxpr)
+
+
+def test_xla_counts_the_same_but_for_elementwise_operations() -> None:
+    # One layer each, because XLA counts a loop's body once; wide, because norms and softmax are counted there too.
+    image = config.ImageEncoder(size=32, patch=4, width=256, depth=1, heads=2, mlp_dim=1024)
+    text = config.TextDecoder(vocab_size=4096, length=32, width=256, heads=2, mlp_dim=1024, n_uni=1, n_multi=1)
+    model = tiny.replace(tiny.MODEL, embed_dim=256, image=image, text=text, pooler__queries=16)
+    program = jax.jit(lambda p, i, t: forward(model, p, i, t, True, True)).lower(*arguments(model))
+    ours = BATCH * flops.forward(model, batch_size=BATCH).total
+    assert 1.0 < program.cost_analysis()["flops"] / ours < 1.03
+
+
+# open_clip's docs/model_profile.csv (fvcore's count of one image and one text, a multiply-add as two), in GFLOP.
+@pytest.mark.parametrize(
+    ("name", "everything", "image", "text"),
+    [("coca_ViT-B-32", 33.34, 9.19, 5.96), ("coca_ViT-L-14", 214.52, 163.64, 13.3)],
+)
+def test_published_counts(name: str, everything: float, image: float, text: float) -> None:
+    counted = flops.forward(open_clip.model_config(name), batch_size=0)
+    # To the last digit that is printed; the projection of one feature is below it.
+    assert counted.total / 1e9 == pytest.approx(everything, abs=0.006)
+    assert (counted.image_encoder + counted.poolers) / 1e9 == pytest.approx(image, abs=0.006)
+    assert counted.unimodal / 1e9 == pytest.approx(text, abs=0.006)
+
+
+def test_a_step_counts_the_global_batch_and_the_halves_that_are_trained() -> None:
+    c = tiny.CONFIG
+    one = flops.forward(c.model, batch_size=c.batch_size)
+    assert flops.of_step(c) == 3 * c.batch_size * one.total
+    assert flops.of_step(tiny.replace(c, microbatches=4, model__image__remat="everything")) == flops.of_step(c)
+    captioner = flops.of_step(tiny.replace(c, loss__lambda_con=0.0))
+    assert captioner < flops.of_step(c) - 3 * c.batch_size * one.contrastive
+    clip = flops.of_step(tiny.replace(c, loss__lambda_cap=0.0))
+    assert clip < flops.of_step(c) - 3 * c.batch_size * (one.multimodal + one.softmax)

@@ -1,0 +1,204 @@
+"""The planner's command line, its arithmetic and its search; the real compilation is in compiled_test.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from coca_jax import chips, config
+from coca_jax.plan import compiled, report, search, topology
+from coca_jax.plan.compiled import GIB, Measured
+from coca_jax.plan.estimate import Plan
+from tests import tiny
+
+# The fixture of tests/conftest.py.
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+DEBUG = "--config=configs/debug.py"
+# As if libtpu were not installed.
+WITHOUT = """
+import runpy, sys
+sys.modules["libtpu"] = None
+sys.argv = ["plan", "--config=configs/debug.py", "--topology=v5e:2x2"]
+runpy.run_module("coca_jax.plan", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "wanted"),
+    [
+        ([DEBUG], ["--topology=v5e:16x16 or another one is needed"]),
+        ([DEBUG, "--topology=v9:4x4"], ["--topology=v9:4x4", "'v9' is not one of v4, v5e, v5p, v6e"]),
+        ([DEBUG, "--topology=v5e:4x4x4"], ["--topology=v5e:4x4x4", "is written v5e:AxB"]),
+        ([DEBUG, "--topology=v5e:4x4", "--config.mesh.fsdp=3"], ["config.mesh", "fsdp=3", "16"]),
+        ([DEBUG, "--topology=v5e:4x4", "--config.model.image.heads=5"], ["config.model.image.heads=5", "near it"]),
+        ([DEBUG, "--topology=v5e:4x4", "--efficiency=1.5"], ["--efficiency=1.5", "at most 1"]),
+        (WITHOUT, ['pip install "coca_jax[plan]"']),
+    ],
+    ids=["no topology", "no such chip", "no such slice", "mesh", "configuration", "efficiency", "no libtpu"],
+)
+def test_what_cannot_be_asked_is_said_in_one_line(
+    run_python: RunPython, program: str | list[str], wanted: list[str]
+) -> None:
+    arguments = program if isinstance(program, str) else ["-m", "coca_jax.plan", *program]
+    done = run_python(arguments, devices=1, check=False)
+    said = (done.stdout + done.stderr).strip()
+    assert done.returncode == 1, said
+    assert said.startswith("error: ") and len(said.splitlines()) == 1, said
+    assert [part for part in wanted if part not in said] == [], said
+
+
+def test_a_json_file_that_cannot_be_written_is_said_before_anything_is_compiled(
+    run_python: RunPython, tmp_path: pathlib.Path
+) -> None:
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'coca_jax[plan]'")
+    path = tmp_path / "no_folder" / "plan.json"
+    done = run_python(["-m", "coca_jax.plan", DEBUG, "--topology=v5e:2x2", f"--json={path}"], devices=1, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"error: --json={path} cannot be written: No such file or directory"
+
+
+def test_a_compilation_that_takes_too_long_is_ended() -> None:
+    measured = compiled.measure(tiny.CONFIG, topology.read("v5e:2x2"), timeout=0.01)
+    assert "not compiled in" in measured.error
+    assert measured.compile_seconds < 30
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.50G of 30.75G hbm. Exceeded hbm", 40.5),
+        ("Used 512.00M of 15.75G hbm. Exceeded hbm capacity by 1K", 0.5),
+        ("the total memory required for HLO temporaries (240.00G) exceeds available HBM (15.75G). HLO module", 240.0),
+    ],
+)
+def test_what_a_program_would_need_is_read_from_the_compilers_message(message: str, gib: float) -> None:
+    needed = compiled.too_large(message)
+    assert needed is not None and needed / GIB == gib
+    assert compiled.too_large("INVALID_ARGUMENT: something else") is None
+
+
+C = tiny.replace(tiny.CONFIG, batch_size=64, steps=1000, mesh=config.Mesh(replica=2, fsdp=8))
+SLICE = topology.read("v5e:4x4")
+MEASURED = Measured(
+    memory={"parameters": 1.0 * GIB, "activations and temporaries": 9.0 * GIB},
+    needed=10.0 * GIB,
+    executed_flops=197e12 * 0.5 * 3,  # three seconds at half of the peak
+    collectives={"all-gather": 200e9 * 2, "all-reduce": 200e9 * 1},
+    exposed=200e9 * 1,
+    hbm=819e9 * 2.5,
+    compile_seconds=60.0,
+)
+
+
+def test_the_estimate_is_the_slowest_of_what_overlaps_and_then_the_rest() -> None:
+    plan = Plan(C, SLICE, MEASURED, efficiency=0.5)
+    assert plan.fits and plan.missing_gib == 0
+    assert plan.seconds == pytest.approx(
+        {"compute": 3.0, "memory": 2.5, "interconnect_overlapped": 2.0, "interconnect_exposed": 1.0}
+    )
+    assert plan.step_seconds == pytest.approx(4.0)
+    assert plan.mfu == pytest.approx(plan.model_flops / (4.0 * 16 * 197e12))
+    values = json.loads(json.dumps(plan.to_json()))
+    assert values["chip_hours"] == pytest.approx(4.0 * 1000 / 3600 * 16)
+    assert values["hbm_gib_per_chip"] == 10.0 and values["hbm_limit_gib"] == 15.75
+    assert values["executed_flops_per_step"] == pytest.approx(16 * MEASURED.executed_flops)
+    assert sum(values["collective_bytes_per_chip"].values()) == 600e9
+    memory_bound = Plan(C, SLICE, dataclasses.replace(MEASURED, hbm=819e9 * 30))
+    assert memory_bound.step_seconds == pytest.approx(31.0)
+    page = report.page(plan, "tiny.py")
+    assert "ESTIMATE, not a measurement" in page and "FITS: 10.00 of the 15.75 GiB" in page
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_to_change() -> None:
+    error = "RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm."
+    plan = Plan(C, SLICE, Measured(needed=20.0 * GIB, error=error))
+    page = report.page(plan, "tiny.py")
+    assert "DOES NOT FIT: 20.00 GiB is 4.25 GiB more than the 15.75 GiB" in page
+    for flag in ("--config.model.image.remat=everything", "--config.microbatches=2", "--config.mesh.replica=1"):
+        assert flag in page
+    values = plan.to_json()
+    assert values["fits"] is False and values["hbm_missing_gib"] == pytest.approx(4.25)
+    assert values["step_seconds"] is values["mfu"] is values["chip_hours"] is None
+    # A program that the compiler takes may still be more than a chip has beside its arguments.
+    assert not Plan(C, SLICE, dataclasses.replace(MEASURED, needed=16.0 * GIB)).fits
+    unknown = Plan(C, SLICE, Measured(error="INTERNAL: no idea"))
+    assert "NOT COMPILED: INTERNAL: no idea" in report.page(unknown, "tiny.py")
+    assert "INTERNAL: no idea" in report.table([unknown]) and unknown.to_json()["hbm_gib_per_chip"] is None
+
+
+def test_advice_can_be_followed() -> None:
+    plan = Plan(C, SLICE, Measured(needed=20.0 * GIB, error="too large"))
+    *flags, _ = plan.advice()
+    for flag in " ".join(flags).split():
+        key, value = flag.removeprefix("--config.").split("=")
+        config.check_key(key)
+        changed = tiny.replace(C, **{key.replace(".", "__"): int(value) if value.isdigit() else value})
+        if not key.startswith("mesh"):  # its two flags belong together
+            config.check(changed, 16)
+
+
+def size(c: config.Config) -> float:
+    """GiB of a made-up program: activations that go with the policy and the microbatches, and the sharded state."""
+    kept = {"none": 40, "attention": 30, "dots": 20, "qkv": 14, "outputs": 8, "everything": 4}
+    return kept[c.model.image.remat] / c.microbatches + 32 / c.mesh.fsdp / c.mesh.tensor
+
+
+def compile_made_up(c: config.Config) -> Plan:
+    recomputed = list(config.REMAT).index(c.model.image.remat) + (5 if c.microbatches > 1 else 0) + c.mesh.tensor
+    needed = size(c) * GIB
+    error = f"Used {size(c):.2f}G" if size(c) > 15.75 else ""
+    return Plan(c, SLICE, Measured(needed=needed, executed_flops=1e12 * recomputed, error=error))
+
+
+def test_the_search_finds_the_fastest_that_fits() -> None:
+    wide = tiny.replace(C, mesh=config.Mesh(replica=-1, fsdp=8))
+    plans = search.search(wide, SLICE, compile_made_up)
+    best = min((p for p in plans if p.fits), key=lambda p: p.step_seconds or 0)
+    # 14 + 4 GiB is too much, 8 + 4 is not; a second pass over the batch costs more than what it would spare.
+    assert (best.mesh, best.c.microbatches, best.c.model.image.remat) == ((2, 8, 1), 1, "outputs")
+    assert len({(p.mesh, p.c.microbatches, p.c.model.image.remat) for p in plans}) == len(plans)
+    assert {p.mesh for p in plans} >= {(2, 8, 1), (1, 16, 1), (1, 8, 2)}
+    table = report.table(plans)
+    assert table.index("remat outputs") < table.index("does not fit")
+
+
+def test_the_search_takes_microbatches_where_nothing_else_fits_and_keeps_to_its_tries() -> None:
+    def larger(c: config.Config) -> Plan:
+        plan = compile_made_up(c)
+        needed = plan.measured.needed * 4
+        error = "too large" if needed > 15.75 * GIB else ""
+        return dataclasses.replace(plan, measured=dataclasses.replace(plan.measured, needed=needed, error=error))
+
+    plans = search.search(tiny.replace(C, mesh=config.Mesh(replica=1, fsdp=-1)), SLICE, larger)
+    assert any(p.fits and p.c.microbatches > 1 for p in plans)
+    left = iter(range(3))
+    few = search.search(C, SLICE, lambda c: larger(c) if next(left, None) is not None else None)
+    assert len(few) == 3
+
+
+def test_the_table_of_chips() -> None:
+    names = [chip.name for chip in chips.CHIPS]
+    assert len(set(names)) == len(names)
+    # The names that JAX gives: of TPUs by libtpu 0.0.52, of GPUs by NVIDIA's driver.
+    kinds = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+    kinds |= {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80"}
+    for kind, name in kinds.items():
+        chip = chips.of_device_kind(kind)
+        assert chip is not None and chip.name == name
+    for kind in ("cpu", "TPU v7", "NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-40GB"):
+        assert chips.of_device_kind(kind) is None
+    assert all(chip.usable_gib <= chip.hbm_gib * 1.01 and chip.source.startswith("https://") for chip in chips.CHIPS)
+
+
+def test_topologies() -> None:
+    pod = topology.read("v4:8x16x16")
+    assert pod.chips == 2048 and pod.options()["chip_config_name"] == "megacore"
+    two = topology.read("v5e:16x16", slices=2)
+    assert two.chips == 512 and two.options()["num_slices"] == 2
+    assert str(two) == "2 slices of v5e:16x16"
