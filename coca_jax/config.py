@@ -131,7 +131,7 @@ class Mesh:
     """
 
     replica: int = 1  # whole copies of the model
-    fsdp: int = -1  # parameters and optimiser state sharded
+    fsdp: int = -1  # parameters and optimiser state sharded; where replica is -1, over so many devices at most
     tensor: int = 1  # heads, MLP and vocabulary sharded; always inside a slice
     dcn_replica: int = 1  # slices along replica: one exchange of gradients a step; -1: the rest
     dcn_fsdp: int = 1  # slices along fsdp: parameters, too, are gathered from slice to slice; -1: the rest
@@ -505,6 +505,9 @@ def mesh_shape(
         )
     where = f" of each of the {slices} slices" if slices > 1 else ""
     sizes = {"replica": mesh.replica, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    if mesh.replica == -1 and mesh.tensor >= 1 and mesh.fsdp * mesh.tensor > device_count // slices >= mesh.tensor:
+        # Fewer devices than one copy of the model is meant to be sharded over hold one copy: a pod's recipe runs on them.
+        sizes |= {"replica": 1, "fsdp": -1}
     inside = _resolve(sizes, device_count // slices, f"devices{where}")
     return inside[0] * dcn[0], inside[1] * dcn[1], inside[2] * dcn[2]
 

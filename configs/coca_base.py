@@ -8,8 +8,7 @@ The paper's recipe: batch 65,536, 500k steps, Adafactor with momentum 0.9 and se
 weight decay 0.01, peak learning rate 8e-4 after 2% of linear warm-up, linear decay, 288 px, 64 tokens of a 64k
 vocabulary. For 256 TPU v4 chips (python -m coca_jax.plan --config=configs/coca_base.py --topology=v4:4x8x8; figures
 in docs/planner.md): parameters and optimiser state sharded over 8 chips, 32 such replicas. A smaller machine:
---config.batch_size=4096 --config.steps=... (the learning rate is the paper's for its batch), and with fewer than 8
-devices --config.mesh.fsdp=-1 --config.mesh.replica=1.
+--config.batch_size=4096 --config.steps=... (the learning rate is the paper's for its batch).
 """
 
 import ml_collections

@@ -266,6 +266,10 @@ def test_a_typo_in_a_recipe_fails_with_a_suggestion() -> None:
         (config.Mesh(), 1, (1, 1, 1)),
         (config.Mesh(replica=-1, fsdp=2, tensor=2), 8, (2, 2, 2)),
         (config.Mesh(replica=2, fsdp=4), 8, (2, 4, 1)),
+        (config.Mesh(replica=-1, fsdp=8), 16, (2, 8, 1)),
+        (config.Mesh(replica=-1, fsdp=8), 4, (1, 4, 1)),
+        (config.Mesh(replica=-1, fsdp=8), 1, (1, 1, 1)),
+        (config.Mesh(replica=-1, fsdp=8, tensor=2), 4, (1, 2, 2)),
     ],
 )
 def test_the_mesh_fills_the_devices(mesh: config.Mesh, devices: int, shape: tuple[int, int, int]) -> None:

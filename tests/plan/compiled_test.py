@@ -56,7 +56,11 @@ def test_a_small_model_fits_four_chips(run_python: RunPython, tmp_path: pathlib.
     assert values["hbm_gib_by_kind"]["moving average"] * 2**30 == held
     assert 0 < values["hbm_gib_per_chip"] < 1 < values["hbm_limit_gib"]
     assert values["model_flops_per_step"] == flops.of_step(c)
-    assert 1.0 < values["executed_flops_per_step"] / values["model_flops_per_step"] < 2.0
+    # Recomputation adds; the gradient of the pixels, which three times the forward pass holds, is not asked for.
+    patches = c.batch_size * flops.forward(c.model, batch_size=c.batch_size).image_encoder
+    assert (
+        -patches < values["executed_flops_per_step"] - values["model_flops_per_step"] < values["model_flops_per_step"]
+    )
     moved = values["collective_bytes_per_chip"]
     assert moved["all-gather"] > 0 and moved["all-reduce"] > 0  # parameters over fsdp, gradients over the replicas
     assert values["hbm_bytes_per_chip"] > held
