@@ -23,6 +23,7 @@ MESH_AXES = ("replica", "fsdp", "tensor")
 # Logical axis -> mesh axes. An array that names one mesh axis twice is an error, not a guess.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("replica", "fsdp"),
+    "replicas": ("replica",),  # a batch of which each replica's devices hold all rows, and each other columns
     "embed": ("fsdp",),  # the model's width, of parameters
     "heads": ("tensor",),
     "mlp": ("tensor",),

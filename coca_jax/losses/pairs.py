@@ -65,13 +65,14 @@ def _at_once(
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """The plain formulas: what small batches use, and what the tiles are tested against."""
     logits = shard(similarities(image_features, text_features) * scale + bias, "batch", None)
-    own = jnp.diagonal(logits)
+    partners = jnp.eye(len(logits), dtype=bool)
+    own = jnp.sum(jnp.where(partners, logits, 0), axis=1)  # jnp.diagonal is a gather, for which a mesh would move logits
     if kind == "softmax":
         image_to_text = jnp.mean(jax.nn.logsumexp(logits, axis=1) - own)
         text_to_image = jnp.mean(jax.nn.logsumexp(logits, axis=0) - own)
         loss = (image_to_text + text_to_image) / 2
     else:
-        loss = jnp.sum(pair_losses(logits, jnp.eye(len(logits), dtype=bool))) / len(logits)
-    fixed = jax.lax.stop_gradient(logits)
-    of_rows, of_columns = (jnp.mean(jnp.diagonal(fixed) >= jnp.max(fixed, axis)) for axis in (1, 0))
+        loss = jnp.sum(pair_losses(logits, partners)) / len(logits)
+    fixed, own = jax.lax.stop_gradient((logits, own))
+    of_rows, of_columns = (jnp.mean(own >= jnp.max(fixed, axis)) for axis in (1, 0))
     return loss, of_rows, of_columns

@@ -154,8 +154,11 @@ def check_mesh(c: config.Config, mesh_shape: tuple[int, int, int]) -> None:
     # Without out_shardings: what they were summed in.
     same = jax.tree.map(lambda g, place: g.sharding.is_equivalent_to(place, g.ndim), gradients, places)
     assert all(jax.tree.leaves(same)), same
-    moved = re.findall(r"= (\w+)\[[^=]* (all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", compiled.as_text())
-    assert moved and not [kind for kind in moved if kind[0] in ("u8", "s32", "s8", "u32")], moved
+    # Examples stay on their devices, but for ids: the devices of a replica look up each other's.
+    pattern = r"= (\w+)\[[^=]* (?:all-\w+|collective-permute|reduce-scatter)(?:-start)?\(.*op_name=\"([^\"]*)"
+    moved = re.findall(pattern, compiled.as_text())
+    lookup = "text_decoder.embed/sharding_constraint"
+    assert moved and not [m for m in moved if m[0] in ("u8", "s32", "s8", "u32") and not m[1].endswith(lookup)], moved
     metrics["gradient_norm"] = optax.tree.norm(gradients)
     assert_equal((jax.tree.map(np.asarray, gradients), {k: float(v) for k, v in metrics.items()}), wanted)
 
