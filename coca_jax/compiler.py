@@ -38,7 +38,8 @@ _JAX_DOCS = "JAX documentation, XLA compiler flags"
 _NVIDIA = "NVIDIA JAX-Toolbox, Tips for High-Performance LLMs with JAX and XLA"
 
 # All of them are known to libtpu 0.0.42 and 0.0.50, which jax[tpu] 0.10.2 and 0.12.0 install, and to 0.0.52. libtpu
-# ends the process at a flag that it does not know.
+# ends the process at a flag that it does not know. Both sources also set
+# xla_tpu_enable_async_collective_fusion_fuse_all_gather, with which libtpu 0.0.52 refuses to compile for anything but v5e.
 TPU = (
     Flag(
         "xla_tpu_enable_latency_hiding_scheduler",
@@ -62,12 +63,6 @@ TPU = (
         "xla_tpu_enable_async_collective_fusion",
         "true",
         "Fuses a collective in the background with the computation beside it. On by default on most chips: pinned.",
-        f"{_MAXTEXT} (CF_FOR_ALL_GATHER); {_JAX_DOCS}",
-    ),
-    Flag(
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-        "true",
-        "All-gathers too, which are what fsdp does most.",
         f"{_MAXTEXT} (CF_FOR_ALL_GATHER); {_JAX_DOCS}",
     ),
     Flag(

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import subprocess
+import textwrap
 import time
 import zlib
 from collections.abc import Callable
@@ -114,8 +115,9 @@ _TPU_PROGRAM = """
     import jax
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    mesh = topologies.make_mesh(topology, (4,), ("fsdp",))
+    from coca_jax.plan.topology import read
+    topology = topologies.get_topology_desc(**read(sys.argv[1]).options())
+    mesh = topologies.make_mesh(topology, (len(topology.devices),), ("fsdp",))
     sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
     arrays = [jax.ShapeDtypeStruct((256, 256), "bfloat16", sharding=sharding)] * 2
     compiled = jax.jit(lambda a, b: a @ b, out_shardings=sharding).lower(*arrays).compile()
@@ -123,10 +125,19 @@ _TPU_PROGRAM = """
 """
 
 
-def test_libtpu_knows_the_tpu_flags(run_python: RunPython) -> None:
-    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
-    assert run_python(_TPU_PROGRAM, devices=1).stdout.splitlines()[-1] == "True"
-    done = run_python(_TPU_PROGRAM, devices=1, env={"LIBTPU_INIT_ARGS": "--xla_tpu_no_such_flag=true"}, check=False)
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_libtpu_takes_the_tpu_flags_for_every_chip(run_python: RunPython, topology: str) -> None:
+    pytest.importorskip("libtpu", reason="NOT RUN: libtpu is not installed: pip install 'coca_jax[plan]'")
+    program = ["-c", textwrap.dedent(_TPU_PROGRAM), topology]
+    assert run_python(program, devices=1).stdout.splitlines()[-1] == "True"
+
+
+@pytest.mark.slow
+def test_libtpu_ends_at_a_flag_that_it_does_not_know(run_python: RunPython) -> None:
+    pytest.importorskip("libtpu", reason="NOT RUN: libtpu is not installed: pip install 'coca_jax[plan]'")
+    program = ["-c", textwrap.dedent(_TPU_PROGRAM), "v5e:2x2"]
+    done = run_python(program, devices=1, env={"LIBTPU_INIT_ARGS": "--xla_tpu_no_such_flag=true"}, check=False)
     assert done.returncode != 0 and "xla_tpu_no_such_flag" in done.stderr
 
 

@@ -60,14 +60,14 @@ def main(argv: list[str]) -> None:
         config.check(c, topology.chips, slice_count=topology.slices, platform="tpu")
     except config.ConfigError as error:
         sys.exit(f"error: {error}")
-    if importlib.util.find_spec("libtpu") is None:
-        sys.exit('error: libtpu is not installed, which compiles for TPUs: pip install "coca_jax[plan]"')
     if _JSON.value:
         try:  # before minutes of compiling
             with open(_JSON.value, "a"):
                 pass
         except OSError as error:
             sys.exit(f"error: --json={_JSON.value} cannot be written: {error.strerror}")
+    if importlib.util.find_spec("libtpu") is None:
+        sys.exit('error: libtpu is not installed, which compiles for TPUs: pip install "coca_jax[plan]"')
     name = os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]))
     plans = _search(c, topology) if _SEARCH.value else [_one(c, topology)]
     if _JSON.value:

@@ -56,7 +56,6 @@ def test_what_cannot_be_asked_is_said_in_one_line(
 def test_a_json_file_that_cannot_be_written_is_said_before_anything_is_compiled(
     run_python: RunPython, tmp_path: pathlib.Path
 ) -> None:
-    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'coca_jax[plan]'")
     path = tmp_path / "no_folder" / "plan.json"
     done = run_python(["-m", "coca_jax.plan", DEBUG, "--topology=v5e:2x2", f"--json={path}"], devices=1, check=False)
     assert done.returncode == 1
