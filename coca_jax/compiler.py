@@ -39,7 +39,7 @@ _NVIDIA = "NVIDIA JAX-Toolbox, Tips for High-Performance LLMs with JAX and XLA"
 
 # All of them are known to libtpu 0.0.42 and 0.0.50, which jax[tpu] 0.10.2 and 0.12.0 install, and to 0.0.52. libtpu
 # ends the process at a flag that it does not know. Both sources also set
-# xla_tpu_enable_async_collective_fusion_fuse_all_gather, with which libtpu 0.0.52 refuses to compile for anything but v5e.
+# xla_tpu_enable_async_collective_fusion_fuse_all_gather, with which libtpu 0.0.52 compiles for v5e alone.
 TPU = (
     Flag(
         "xla_tpu_enable_latency_hiding_scheduler",

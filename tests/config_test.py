@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from coca_jax import config
-from coca_jax.config import Config, ConfigError
+from coca_jax.config import Config, ConfigError, mesh, reading, rules
 from tests import tiny
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -170,13 +170,13 @@ def _changed(path: str, value: Any) -> Callable[[], None]:
     return broken(**{path.replace(".", "__"): value})
 
 
-for _path, _choices in config._CHOICES.items():
+for _path, _choices in rules.CHOICES.items():
     BROKEN[f"choice of {_path}"] = _changed(_path, "other"), (f"config.{_path}='other'", ", ".join(_choices))
-for _path in config._POSITIVE:
+for _path in rules.POSITIVE:
     BROKEN[f"positive {_path}"] = _changed(_path, 0), (f"config.{_path}=0 ", "more than 0")
-for _path in config._NOT_NEGATIVE:
+for _path in rules.NOT_NEGATIVE:
     BROKEN[f"not negative {_path}"] = _changed(_path, -1), (f"config.{_path}=-1 ", "0 or more")
-for _path in config._SHARE:
+for _path in rules.SHARE:
     BROKEN[f"share {_path}"] = _changed(_path, 1.5), (f"config.{_path}=1.5 ", "0..1")
 
 
@@ -191,24 +191,24 @@ def test_what_cannot_run_is_refused_in_one_line(name: str) -> None:
 
 
 def test_every_rule_has_an_example() -> None:
-    rules = set()
-    functions = (config.check, config.check_model, config.mesh_shape, config._resolve, config.check_key)
-    for function in (*functions, config._known, config._freeze, config._coerce):
+    written = set()
+    functions = (config.check, config.check_model, config.mesh_shape, mesh._resolve, config.check_key)
+    for function in (*functions, reading._known, reading._freeze, reading._coerce):
         lines, first = inspect.getsourcelines(function)
         for node in ast.walk(ast.parse("".join(lines))):
             if isinstance(node, ast.Raise):
-                rules.add((function.__name__, first + node.lineno - 1))
+                written.add((function.__name__, first + node.lineno - 1))
     raised = set()
     for start, _ in BROKEN.values():
         with pytest.raises(ConfigError) as error:
             start()
         last = error.traceback[-1]
         raised.add((last.frame.code.name, last.lineno + 1))
-    assert rules and sorted(rules - raised) == [], "these lines of config.py are raised by no example in this file"
+    assert written and sorted(written - raised) == [], "these lines of coca_jax/config are raised by no example here"
 
 
 def test_every_number_has_a_bound() -> None:
-    tables = {*config._POSITIVE, *config._NOT_NEGATIVE, *config._SHARE}
+    tables = {*rules.POSITIVE, *rules.NOT_NEGATIVE, *rules.SHARE}
     elsewhere = {
         "seed",
         "model.logit_bias",
@@ -307,5 +307,5 @@ def test_every_recipe_can_run(name: str) -> None:
 
 def test_the_small_configuration_of_the_tests_can_run() -> None:
     config.check(tiny.CONFIG, 8)
-    for path in (*config._CHOICES, *config._POSITIVE):
+    for path in (*rules.CHOICES, *rules.POSITIVE):
         config.check_key(path)

@@ -138,7 +138,7 @@ def test_nothing_imports_what_is_forbidden() -> None:
     ("file", "source", "reason"),
     [
         (
-            "coca_jax/config.py",
+            "coca_jax/config/rules.py",
             "from coca_jax import sharding",
             "imports coca_jax.sharding; allowed in config: config alone",
         ),

@@ -58,8 +58,8 @@ class TextDecoder(nn.Module):
 
     def embed(self, tokens: Int[Array, "b t"], index: Int[Array, ""] | int = 0) -> Float[Array, "b t d"]:
         dtype = jnp.dtype(self.model.dtype)
-        # Of the table a device has some columns, and moves ids and rows rather than gather the table, which is longer than
-        # a device's texts: each looks up its columns for all of its replica, then columns are exchanged for texts.
+        # A device has some columns of the table, which is longer than its texts: better to move ids and rows than to
+        # gather the table. Each looks up its columns for all of its replica, then columns are exchanged for texts.
         x = shard(self.token_embedding(shard(tokens, "replicas", None)), "replicas", None, "embed")
         position = jax.lax.dynamic_slice_in_dim(self.position_embedding, index, tokens.shape[1])
         return shard(x + position.astype(dtype)[None], "batch", None, "width")

@@ -1,0 +1,208 @@
+"""What can run: each rule gives one line that names the key, the value and what would work."""
+
+from __future__ import annotations
+
+import re
+
+from coca_jax.config.keys import Config, ConfigError, Model
+from coca_jax.config.mesh import divisors, mesh_shape
+from coca_jax.config.reading import get
+
+# What a layer's backward pass computes again instead of keeping it, from most memory and least computation to the
+# opposite. Sizes are those of a layer's tokens [b, s, width] with an MLP four times as wide; m are the keys.
+REMAT = {
+    "none": "kept: everything; computed again: nothing",
+    "attention": "kept: all but the attention weights [b, heads, s, m]; computed again: those",
+    "dots": "kept: products with parameters (8 x tokens); computed again: norms, activations, attention",
+    "qkv": "kept: queries, keys, values and what a sublayer adds (4 x tokens); computed again: also the MLP",
+    "outputs": "kept: what a sublayer adds (1 x tokens); computed again: also queries, keys and values",
+    "everything": "kept: the layer's input; computed again: all of the layer that its gradient needs",
+}
+
+CHOICES = {
+    "model.image.position": ("learned", "sincos"),
+    "model.text.position": ("learned", "sincos"),
+    "model.image.remat": tuple(REMAT),
+    "model.text.remat": tuple(REMAT),
+    "model.pooler.remat": tuple(REMAT),
+    "model.attention": ("xla", "cudnn", "flash"),
+    "model.pooler.kind": ("parallel", "cascade", "single"),
+    "model.text.cls_mask": ("full", "legacy"),
+    "model.gelu": ("tanh", "exact"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "loss.contrastive": ("softmax", "sigmoid"),
+    "optimizer.name": ("adafactor", "adamw", "muon"),
+    "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"),
+    "optimizer.state_dtype": ("float32", "bfloat16"),
+}
+POSITIVE = (
+    *("steps", "batch_size", "microbatches", "log_every", "model.embed_dim", "model.temperature", "model.norm_eps"),
+    *("model.image.size", "model.image.patch", "model.image.width", "model.image.depth"),
+    *("model.image.heads", "model.image.mlp_dim", "model.pooler.queries", "model.pooler.heads"),
+    *("model.text.vocab_size", "model.text.length", "model.text.width", "model.text.heads"),
+    *("model.text.mlp_dim", "model.text.n_uni", "optimizer.peak_lr", "data.prefetch"),
+    *("data.eval_crop", "evaluate.batch_size", "checkpoint.every", "checkpoint.keep"),
+)
+NOT_NEGATIVE = (
+    *("model.text.n_multi", "model.text.pad_id", "model.image.scan_unroll", "model.text.scan_unroll"),
+    *("loss.lambda_con", "loss.lambda_cap", "loss.contrastive_tile", "loss.caption_chunk"),
+    *("optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps"),
+    *("data.workers", "data.threads", "data.color_jitter", "data.hue_jitter", "data.rotate"),
+    *("evaluate.every", "evaluate.captions", "checkpoint.keep_best"),
+)
+SHARE = (
+    *("optimizer.warmup", "optimizer.end_lr", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay"),
+    *("data.grayscale", "data.blur", "data.eval_crop"),
+)
+
+
+def check(
+    config: Config, device_count: int | None = None, *, slice_count: int = 1, platform: str | None = None
+) -> None:
+    """Raises ConfigError for the first thing that cannot run; files are looked for where they are opened.
+
+    Args:
+      config: what to check.
+      device_count: devices of the whole job; None leaves the mesh unchecked.
+      slice_count: groups of devices with a fast network inside: `sharding.slice_count()`.
+      platform: what computes: cpu | gpu | tpu; None leaves what only some platforms can do unchecked.
+    """
+    for path, choices in CHOICES.items():
+        if get(config, path) not in choices:
+            raise ConfigError(f"config.{path}={get(config, path)!r}: choose one of {', '.join(choices)}")
+    for path in POSITIVE:
+        if not get(config, path) > 0:
+            raise ConfigError(f"config.{path}={get(config, path)!r} must be more than 0")
+    for path in NOT_NEGATIVE:
+        if not get(config, path) >= 0:
+            raise ConfigError(f"config.{path}={get(config, path)!r} must be 0 or more")
+    for path in SHARE:
+        if not 0 <= get(config, path) <= 1:
+            raise ConfigError(f"config.{path}={get(config, path)!r} must lie in 0..1")
+    check_model(config.model)
+    loss, data = config.loss, config.data
+    if loss.lambda_con == 0 and loss.lambda_cap == 0:
+        raise ConfigError(
+            "config.loss.lambda_con=0 and config.loss.lambda_cap=0 leave nothing to train: set one above 0"
+        )
+    if loss.lambda_cap > 0 and config.model.text.n_multi == 0:
+        raise ConfigError(
+            "config.model.text.n_multi=0 has no decoder for captions, but "
+            f"config.loss.lambda_cap={loss.lambda_cap}: set n_multi to 1 or more, or lambda_cap to 0"
+        )
+    if loss.lambda_con > 0 and loss.contrastive == "sigmoid" and config.model.logit_bias == 0:
+        raise ConfigError(
+            "config.model.logit_bias=0 with config.loss.contrastive='sigmoid' begins with a loss of negatives alone: "
+            "set it to -10, and config.model.temperature to 0.1, as SigLIP does"
+        )
+    if loss.contrastive == "softmax" and config.model.logit_bias != 0:
+        raise ConfigError(
+            f"config.model.logit_bias={config.model.logit_bias} does not change config.loss.contrastive='softmax': "
+            "set it to 0, or config.loss.contrastive to 'sigmoid'"
+        )
+    for name in ("crop_area", "crop_ratio"):
+        low, high = getattr(data, name)
+        if not 0 < low <= high or (name == "crop_area" and high > 1):
+            limit = " <= 1" if name == "crop_area" else ""
+            raise ConfigError(f"config.data.{name}=({low}, {high}) must be (low, high) with 0 < low <= high{limit}")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"config.seed={config.seed} must lie in 0..{2**32 - 1}")
+    if not all(0 <= value <= 255 for value in data.background):
+        raise ConfigError(f"config.data.background={data.background} must be three numbers in 0..255: red, green, blue")
+    for key, pattern in (
+        ("decay_mask", config.optimizer.decay_mask),
+        *(("freeze", pattern) for pattern in config.optimizer.freeze),
+    ):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"config.optimizer.{key}: {pattern!r} is not a regular expression ({error}); an example: '.*/kernel$'"
+            ) from error
+    if min(data.std) <= 0:
+        raise ConfigError(f"config.data.std={data.std} must be more than 0 in every channel")
+    if config.batch_size % config.microbatches:
+        raise ConfigError(
+            f"config.microbatches={config.microbatches} does not divide config.batch_size={config.batch_size}; it may "
+            f"be {divisors(config.batch_size)}"
+        )
+    if device_count is not None:
+        sizes = mesh_shape(config.mesh, device_count, slice_count=slice_count, platform=platform)
+        shards = sizes[0] * sizes[1]
+        if config.batch_size % shards:
+            near = max(shards, config.batch_size // shards * shards)
+            raise ConfigError(
+                f"config.batch_size={config.batch_size} is not divisible by the {shards} shards of the batch (replica "
+                f"{sizes[0]} x fsdp {sizes[1]}); near it: {near}, {near + shards}"
+            )
+        rows = config.batch_size // config.microbatches
+        if rows % shards:
+            raise ConfigError(
+                f"config.microbatches={config.microbatches} cuts config.batch_size={config.batch_size} into parts of "
+                f"{rows} rows, not divisible by the {shards} shards of the batch; it may be "
+                f"{divisors(config.batch_size // shards)}"
+            )
+        for key in ("model.image.heads", "model.text.heads", "model.pooler.heads"):
+            if get(config, key) % sizes[2]:
+                raise ConfigError(
+                    f"config.{key}={get(config, key)} is not divisible by config.mesh.tensor={sizes[2]}, over which "
+                    f"heads are split; it may be {divisors(get(config, key))}"
+                )
+
+    needs = {"cudnn": "gpu", "flash": "tpu"}.get(config.model.attention)
+    if platform is not None and needs not in (None, platform):
+        raise ConfigError(
+            f"config.model.attention={config.model.attention!r} runs on a {needs}, and this is a {platform}: set it to "
+            "'xla'"
+        )
+
+
+def check_model(model: Model) -> None:
+    """The part of `check` that concerns shapes inside the model."""
+    image, text = model.image, model.text
+    if image.size % image.patch:
+        near = image.size // image.patch * image.patch
+        raise ConfigError(
+            f"config.model.image.size={image.size} is not divisible by config.model.image.patch={image.patch}; "
+            f"near it: {max(near, image.patch)}, {near + image.patch}"
+        )
+    for heads_key, heads, width_key, width in (
+        ("model.image.heads", image.heads, "model.image.width", image.width),
+        ("model.text.heads", text.heads, "model.text.width", text.width),
+        ("model.pooler.heads", model.pooler.heads, "model.text.width", text.width),
+    ):
+        if width % heads:
+            distance = {h: abs(h - heads) for h in range(1, width + 1) if width % h == 0}
+            fits = sorted(sorted(distance, key=distance.__getitem__)[:3])
+            raise ConfigError(
+                f"config.{heads_key}={heads} does not divide config.{width_key}={width}; near it: "
+                + ", ".join(map(str, fits))
+            )
+        # The limit of cuDNN's kernels before the Hopper generation.
+        if model.attention == "cudnn" and (width // heads % 8 or width // heads > 128):
+            raise ConfigError(
+                f"config.model.attention='cudnn' takes heads as wide as a multiple of 8 up to 128; config.{width_key}="
+                f"{width} / config.{heads_key}={heads} is {width // heads}: set other heads, or attention to 'xla'"
+            )
+    if model.attention == "cudnn" and model.dtype != "bfloat16":
+        raise ConfigError(
+            f"config.model.attention='cudnn' computes in bfloat16, and config.model.dtype={model.dtype!r}: set dtype "
+            "to 'bfloat16', or attention to 'xla'"
+        )
+    if image.position == "sincos" and image.width % 4:
+        raise ConfigError(f"config.model.image.width={image.width} must be a multiple of 4 for position=sincos")
+    if text.position == "sincos" and text.width % 2:
+        raise ConfigError(f"config.model.text.width={text.width} must be even for position=sincos")
+    if model.pooler.kind == "single" and model.pooler.queries < 2:
+        raise ConfigError(
+            f"config.model.pooler.queries={model.pooler.queries}: kind=single needs 2 or more, one for the contrastive "
+            "feature and the rest for the decoder"
+        )
+    if text.pad_id >= text.vocab_size:
+        raise ConfigError(
+            f"config.model.text.pad_id={text.pad_id} lies outside config.model.text.vocab_size={text.vocab_size}: "
+            f"set it to 0..{text.vocab_size - 1}"
+        )
+    if text.length < 3:
+        raise ConfigError(f"config.model.text.length={text.length} must hold bos, a token and eos: 3 or more")
