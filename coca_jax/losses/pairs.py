@@ -66,9 +66,8 @@ def _at_once(
     """The plain formulas: what small batches use, and what the tiles are tested against."""
     logits = shard(similarities(image_features, text_features) * scale + bias, "batch", None)
     partners = jnp.eye(len(logits), dtype=bool)
-    own = jnp.sum(
-        jnp.where(partners, logits, 0), axis=1
-    )  # jnp.diagonal is a gather, for which a mesh would move logits
+    # Not jnp.diagonal, a gather, for which a mesh would move logits.
+    own = jnp.sum(jnp.where(partners, logits, 0), axis=1)
     if kind == "softmax":
         image_to_text = jnp.mean(jax.nn.logsumexp(logits, axis=1) - own)
         text_to_image = jnp.mean(jax.nn.logsumexp(logits, axis=0) - own)
