@@ -18,8 +18,8 @@ from coca_jax.config import default
 def get_config() -> ml_collections.ConfigDict:
     c = default()
     c.model.embed_dim = 1408
-    c.model.image.update(width=1408, depth=40, heads=16, mlp_dim=6144, remat="everything")
-    c.model.text.update(width=1408, heads=16, mlp_dim=5632, n_uni=18, n_multi=18, remat="everything")
+    c.model.image.update(width=1408, depth=40, heads=16, mlp_dim=6144, remat="dots")
+    c.model.text.update(width=1408, heads=16, mlp_dim=5632, n_uni=18, n_multi=18, remat="dots")
     c.model.text.tie_embeddings = True
     c.model.pooler.heads = 16
     c.mesh.update(replica=-1, fsdp=64)

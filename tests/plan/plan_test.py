@@ -85,7 +85,7 @@ def test_what_a_program_would_need_is_read_from_the_compilers_message(message: s
 C = tiny.replace(tiny.CONFIG, batch_size=64, steps=1000, mesh=config.Mesh(replica=2, fsdp=8))
 SLICE = topology.read("v5e:4x4")
 MEASURED = Measured(
-    memory={"parameters": 1.0 * GIB, "activations and temporaries": 9.0 * GIB},
+    memory={"parameters": 1.0 * GIB, "temporaries": 9.0 * GIB},
     needed=10.0 * GIB,
     executed_flops=197e12 * 0.5 * 3,  # three seconds at half of the peak
     collectives={"all-gather": 200e9 * 2, "all-reduce": 200e9 * 1},

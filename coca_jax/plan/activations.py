@@ -1,0 +1,42 @@
+"""What the forward pass keeps for the backward pass, counted in the traced loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from coca_jax import config
+from coca_jax.train.state import abstract_parameters
+from coca_jax.train.step import loss_function
+
+_ROWS = 64  # enough that what grows with the square of the rows is small beside what grows with them
+
+
+def bytes_of_a_row(c: config.Config) -> float:
+    """Bytes that each image-text pair adds to what is kept from the forward to the backward pass.
+
+    It is the program as written, remat policies included. The compiler may keep less, by computing more again.
+
+    Args:
+      c: configuration; no mesh may be set.
+    """
+    return (_kept(c, 2 * _ROWS) - _kept(c, _ROWS)) / _ROWS
+
+
+def _kept(c: config.Config, rows: int) -> int:
+    c = dataclasses.replace(c, batch_size=rows, microbatches=1)
+    size, length = c.model.image.size, c.model.text.length
+    batch = {
+        "images": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8),
+        "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
+    }
+
+    def backward(params: Any, batch: Any) -> Any:
+        return jax.vjp(lambda p: loss_function(c, p, batch)[0], params)[1]
+
+    # The backward pass is a tree, whose leaves are what it needs of the forward pass.
+    leaves = jax.tree.leaves(jax.eval_shape(backward, abstract_parameters(c), batch))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
