@@ -106,8 +106,10 @@ class Plan:
             at = policies.index(config.get(c, key))
             found += [f"--config.{key}={policies[-1]}"] if at < len(policies) - 1 else []
         shards = self.mesh[0] * self.mesh[1]
-        more = [n for n in (2 * c.microbatches, 4 * c.microbatches) if not c.batch_size % (n * shards)]
-        found += [f"--config.microbatches={n}" for n in more[:1]]
+        # As if all of it grew with the batch: as many as would fit then, or as the batch allows.
+        wanted = c.microbatches * max(2.0, m.needed / (self.topology.chip.usable_gib * GIB))
+        parts = [n for i in range(1, 20) if not c.batch_size % ((n := c.microbatches * 2**i) * shards)]
+        found += [f"--config.microbatches={min((n for n in parts if n >= wanted), default=parts[-1])}"] if parts else []
         state = sum(m.memory.get(kind, 0.0) for kind in ("parameters", "optimizer", "moving average"))
         if self.mesh[0] > 1 and (not m.memory or state > 0.2 * m.needed):
             found.append(f"--config.mesh.replica={max(1, self.mesh[0] // 2)} --config.mesh.fsdp={2 * self.mesh[1]}")

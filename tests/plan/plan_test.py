@@ -131,6 +131,14 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change() -> None:
     assert "INTERNAL: no idea" in report.table([unknown]) and unknown.to_json()["hbm_gib_per_chip"] is None
 
 
+def test_advice_asks_for_as_many_microbatches_as_it_may_take() -> None:
+    def advice(needed: float) -> str:
+        return " ".join(Plan(C, SLICE, Measured(needed=needed * GIB, error="too large")).advice())
+
+    assert "--config.microbatches=2 " in advice(16.0) and "--config.microbatches=4 " in advice(50.0)
+    assert "--config.microbatches=4 " in advice(1000.0)  # 64 rows over 16 shards have no more
+
+
 def test_advice_can_be_followed() -> None:
     plan = Plan(C, SLICE, Measured(needed=20.0 * GIB, error="too large"))
     *flags, _ = plan.advice()
