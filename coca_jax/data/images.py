@@ -203,6 +203,11 @@ def augment(image: np.ndarray, size: int, rng: np.random.Generator, data: config
     return image
 
 
+def decode_and_augment(encoded: bytes, size: int, rng: np.random.Generator, data: config.Data) -> np.ndarray:
+    """`augment` of an encoded picture, decoding no more detail than its crop needs. Raises BadExample, as `decode`."""
+    return augment(decode(encoded, data.background, crop_min_side(size, data)), size, rng, data)
+
+
 def _crop_box(width: int, height: int, rng: np.random.Generator, data: config.Data) -> tuple[int, int, int, int]:
     """(left, top, width, height), pixels."""
     low, high = math.log(data.crop_ratio[0]), math.log(data.crop_ratio[1])

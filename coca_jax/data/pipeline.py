@@ -1,7 +1,10 @@
-"""The input pipeline, as a Grain graph: source -> augmented examples -> shuffle -> process's rows -> batches -> mesh.
+"""The input pipeline, as a Grain graph: sources -> augmented examples -> shuffle -> mixture -> rows -> batches -> mesh.
 
 Everything up to the batches is a MapDataset, a pure function of the position: it can be asked for any example, and the
 number of threads, worker processes or hosts changes nothing in what comes out. A place in the data is one number.
+
+An example that cannot be used is replaced by another of its source, drawn from its own random numbers: the batch is full
+on every host, and the same at every reading. It says so under "problem".
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import sys
 from typing import Any, SupportsIndex
 
 import grain
@@ -18,11 +22,15 @@ from absl import flags
 
 from coca_jax import config
 from coca_jax.data import images
-from coca_jax.data.records import DataError
+from coca_jax.data.mixture import Mixture, Schedule, Segment
+from coca_jax.data.records import REASONS, BadExample, DataError, Record
 from coca_jax.data.sources import Source
 from coca_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
+
+HOST_KEYS = ("index", "problem", "valid")  # of a batch: what stays with the host
+_REPLACEMENTS = 100  # tries to find an example that can be used: if so many in a row cannot, something else is wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,32 +44,55 @@ class _Read:
     length: int
 
     def train(self, index: int, rng: np.random.Generator) -> Batch:
-        record = self.source[index]
-        try:
-            pixels = images.decode(record.image, self.data.background, images.crop_min_side(self.image_size, self.data))
-        except DataError as error:
-            raise DataError(f"{self.source.name}: record {index} ({record.key}): {error}") from error
-        caption = record.captions[rng.integers(len(record.captions)) if len(record.captions) > 1 else 0]
+        chosen, problem = index, 0
+        for _ in range(_REPLACEMENTS):
+            try:
+                example = self._augmented(chosen, rng)
+            except BadExample as error:
+                problem = problem or 1 + list(REASONS).index(error.reason)
+                chosen = int(rng.integers(len(self.source)))
+            else:
+                return example | {"index": np.int64(index), "problem": np.int8(problem)}
+        raise DataError(
+            f"{self.source.name}: record {index} and {_REPLACEMENTS - 1} others that were to replace it cannot be used: "
+            "see `python -m coca_jax.data.prepare describe`"
+        )
+
+    def _augmented(self, index: int, rng: np.random.Generator) -> Batch:
+        record = self.read(index)
+        captions = [caption for caption in record.captions if caption.strip()]
+        caption = captions[rng.integers(len(captions)) if len(captions) > 1 else 0]
         return {
-            "images": images.augment(pixels, self.image_size, rng, self.data),
+            "images": images.decode_and_augment(record.image, self.image_size, rng, self.data),
             "tokens": self.tokenizer.encode(caption, self.length),
-            "index": np.int64(index),
         }
 
-    def evaluate(self, index: int) -> Batch:
-        if index >= len(self.source):  # fills the last batch
-            return {
-                "images": np.zeros((self.image_size, self.image_size, 3), np.uint8),
-                "tokens": np.full(self.length, self.tokenizer.pad_id, np.int32),
-            }
+    def read(self, index: int) -> Record:
+        """The record, which has a picture's bytes and a caption. Raises BadExample where it has not."""
         record = self.source[index]
+        if not record.image:
+            raise BadExample("empty", f"{self.source.name}: record {index} ({record.key}) has an empty picture")
+        if not any(caption.strip() for caption in record.captions):
+            raise BadExample("no_caption", f"{self.source.name}: record {index} ({record.key}) has no caption")
+        return record
+
+    def evaluate(self, index: int) -> Batch:
+        blank = {
+            "images": np.zeros((self.image_size, self.image_size, 3), np.uint8),
+            "tokens": np.full(self.length, self.tokenizer.pad_id, np.int32),
+        }
+        if index >= len(self.source):  # fills the last batch
+            return blank | {"problem": np.int8(0)}
         try:
+            record = self.read(index)
             pixels = images.decode(record.image, self.data.background, self.image_size)
-        except DataError as error:
-            raise DataError(f"{self.source.name}: record {index} ({record.key}): {error}") from error
+        except BadExample as error:
+            return blank | {"problem": np.int8(1 + list(REASONS).index(error.reason))}
+        caption = next(caption for caption in record.captions if caption.strip())
         return {
             "images": images.fit(pixels, self.image_size, self.data.eval_crop),
-            "tokens": self.tokenizer.encode(record.captions[0], self.length),
+            "tokens": self.tokenizer.encode(caption, self.length),
+            "problem": np.int8(0),
         }
 
 
@@ -78,6 +109,11 @@ def train_examples(
     return indices.seed(seed).random_map(read.train)
 
 
+def source_seed(seed: int, number: int) -> int:
+    """The seed of a source of a mixture, by its place: two sources of one size must not be shuffled alike."""
+    return seed if not number else int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
 def train_loader(
     source: Source,
     tokenizer: Tokenizer,
@@ -87,33 +123,43 @@ def train_loader(
     length: int,
     batch_size: int,
     seed: int,
+    schedule: Schedule | None = None,
     rows: np.ndarray | None = None,
     start: int = 0,
 ) -> grain.IterDataset:
     """Training batches of this process, without end.
 
-    Every epoch is shuffled anew over the whole source; batches run across the ends of epochs, so that all are full. Row
-    r of global batch k is position `start + k * batch_size + r` of one shuffled stream, which (source, seed) alone
-    decide: however many processes share the batches, they are the same ones in the same order, and the number of the
-    positions that have been handed out is all that there is to remember of a place in the data.
+    Every source has epochs of its own, each shuffled anew over the whole source; batches run across their ends, so that
+    all are full. Row r of global batch k is position `start + k * batch_size + r` of one stream, which (sources,
+    schedule, seed) alone decide: however many processes share the batches, they are the same ones in the same order,
+    and the number of the positions that have been handed out is all that there is to remember of a place in the data.
 
     Args:
-      source: what to read.
+      source: what to read; a Mixture is read by its weights.
       tokenizer: makes ids of the captions.
       data: augmentation, workers, threads.
       image_size: side of the pictures, pixels.
       length: tokens of a caption.
       batch_size: global.
       seed: of shuffle, captions and augmentation, 0 .. 2^32 - 1.
+      schedule: of the mixture; None: the mixture's weights from the beginning.
       rows: of each global batch that are read here, as `process_rows` tells them; None: all.
       start: position of the stream to begin at.
 
     Returns:
-      Of `{"images": uint8 [b, image_size, image_size, 3], "tokens": int32 [b, length], "index": int64 [b]}`, with
-      b = len(rows) and index the number of the record in the source.
+      Of `{"images": uint8 [b, image_size, image_size, 3], "tokens": int32 [b, length], "index": int64 [b],
+      "problem": int8 [b]}`, with b = len(rows), index the number of the record in the source, and problem 0, or, where
+      that record could not be used and another stands in its place, 1 + the number of the reason in records.REASONS.
     """
-    examples = train_examples(source, tokenizer, data, image_size=image_size, length=length, seed=seed)
-    return _read_ahead(_batched(examples.shuffle().repeat(None), batch_size, rows, start), data)
+    mixture = source if isinstance(source, Mixture) else Mixture([source], [1.0])
+    streams = [
+        train_examples(
+            part, tokenizer, data, image_size=image_size, length=length, seed=source_seed(seed, number)
+        ).shuffle()
+        for number, part in enumerate(mixture.sources)
+    ]
+    mixed = _Mixed(mixture, tuple(streams), schedule or Schedule([Segment(0, mixture.weights)]))
+    return _read_ahead(_batched(grain.MapDataset.source(mixed), batch_size, rows, start), data)
 
 
 def eval_batches(
@@ -132,7 +178,8 @@ def eval_batches(
     with examples that are not valid (black, all pad), so that all batches, and those of all processes, have one shape.
 
     Returns:
-      Images and tokens of the rows that are read here, as `train_loader`, but with B = batch_size
+      Images, tokens and problems of the rows that are read here, as `train_loader` (but that nothing replaces what cannot
+      be used: its picture is black and its tokens are all pad), and with B = batch_size
       `"index": int64 [B]` and `"valid": bool [B]` of the whole global batch: every process knows which records the
       others read. The index of an example that is not valid is -1.
     """
@@ -183,8 +230,8 @@ def place(
       prefetch: batches placed ahead; 0 places each when it is asked for.
 
     Returns:
-      The same batches as global jax arrays `[batch_size, ...]`, but for `"index"` and `"valid"`, which stay numpy
-      arrays (they are for people and reports, and jax would cut the index's 64 bits).
+      The same batches as global jax arrays `[batch_size, ...]`, but for `"index"`, `"problem"` and `"valid"`, which
+      stay numpy arrays (they are for people and reports, and jax would cut the index's 64 bits).
     """
     rows = process_rows(sharding, batch_size)
 
@@ -197,9 +244,26 @@ def place(
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
 
     def to_meshes(batch: Batch) -> Batch:
-        return {key: value if key in ("index", "valid") else to_mesh(value) for key, value in batch.items()}
+        return {key: value if key in HOST_KEYS else to_mesh(value) for key, value in batch.items()}
 
     return grain.experimental.ThreadPrefetchIterDataset(loader.map(to_meshes), prefetch_buffer_size=prefetch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mixed:
+    """The stream of a mixture, without end; a source of its own for Grain."""
+
+    mixture: Mixture
+    streams: tuple[grain.MapDataset, ...]
+    schedule: Schedule
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: SupportsIndex) -> Batch:
+        source, element = self.schedule.at(index.__index__())
+        example = self.streams[source][element]
+        return example | {"index": np.int64(self.mixture.index(source, int(example["index"])))}
 
 
 @dataclasses.dataclass(frozen=True)

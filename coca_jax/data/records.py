@@ -17,6 +17,34 @@ class DataError(ValueError):
     """Data that cannot be read or prepared. The message names the file or the value, and the fix."""
 
 
+# Why an example cannot be used, in the order in which the tallies list them.
+REASONS = {
+    "unreadable": "its record cannot be read or understood",
+    "empty": "its picture has no bytes",
+    "not_a_picture": "its picture is something else, or of a kind that is not read",
+    "truncated": "its picture ends before its end",
+    "too_large": "its picture has more pixels than images.MAX_PIXELS",
+    "no_caption": "it has no caption, or only blank ones",
+    "encoding": "its caption is not UTF-8",
+}
+
+
+class BadExample(DataError):
+    """One example that cannot be used, where its neighbours can.
+
+    Attributes:
+      reason: a key of REASONS.
+    """
+
+    def __init__(self, reason: str, message: str):
+        assert reason in REASONS, reason
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadExample], tuple[str, str]]:  # it travels from worker processes
+        return BadExample, (self.reason, str(self))
+
+
 class Record(NamedTuple):
     """One picture with its captions.
 
