@@ -20,6 +20,7 @@ from coca_jax import config, distributed, sharding
 from coca_jax.apply import Apply
 from coca_jax.config import ConfigError
 from coca_jax.data import pipeline, sources
+from coca_jax.data.mixture import Mixture, open_mixture
 from coca_jax.data.records import DataError
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import report, suite
@@ -84,7 +85,7 @@ def _run(
             "config.data.train is empty: set it to a source, e.g. --config.data.train=emoji:train (built in, prepared "
             "by `python -m coca_jax.data.prepare emoji`) or --config.data.train=array_record:/data/train-*.array_record"
         )
-    source = sources.open_source(c.data.train)
+    source = open_mixture(c.data.train)
     tokenizer = _tokenizer(c, source)
     loop.check_tokenizer(c, tokenizer)
     held_out = {spec: sources.open_source(spec) for spec in (*c.evaluate.splits, c.evaluate.zero_shot) if spec}
@@ -161,7 +162,7 @@ class _Evaluator:
         c: config.Config,
         workdir: epath.Path,
         mesh: Mesh,
-        source: sources.Source,
+        source: Mixture,
         held_out: dict[str, sources.Source],
         tokenizer: Tokenizer,
     ) -> None:

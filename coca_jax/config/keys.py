@@ -125,7 +125,10 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Sources are written `kind:location`, e.g. `emoji:train` or `array_record:/data/laion-*.array_record`."""
+    """Sources are written `kind:location`, e.g. `emoji:train` or `array_record:/data/laion-*.array_record`.
+
+    Several are mixed by their sizes, `A + B`, or by weights, `0.7 * A + 0.3 * B`. Weights may change on resume.
+    """
 
     train: str = ""
     tokenizer: str = ""  # SentencePiece model file; empty: the one that the training source brings
@@ -141,6 +144,7 @@ class Data:
     background: tuple[int, int, int] = (255, 255, 255)  # under transparent pixels
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    max_bad: float = 0.01  # share of the examples that cannot be used above which a run stops; others replace them
     workers: int = 0  # processes; 0: threads only, the faster choice up to about 50 cores
     threads: int = 0  # that read and decode; 0: twice the cores, at most 16
     prefetch: int = 2  # batches placed on the mesh ahead of the step

@@ -53,7 +53,7 @@ NOT_NEGATIVE = (
 )
 SHARE = (
     *("optimizer.warmup", "optimizer.end_lr", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay"),
-    *("data.grayscale", "data.blur", "data.eval_crop"),
+    *("data.grayscale", "data.blur", "data.eval_crop", "data.max_bad"),
 )
 
 

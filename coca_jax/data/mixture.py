@@ -64,6 +64,11 @@ class Mixture:
             return self.sources[0].fingerprint()
         return hashlib.sha256("\n".join(s.fingerprint() for s in self.sources).encode()).hexdigest()[:16]
 
+    def epochs(self, counts: Sequence[int]) -> dict[str, float]:
+        """`data/epochs/NUMBER`, passes over each source after so many of its examples; of one `data/epochs`."""
+        names = [f"data/epochs/{n}" for n in range(len(counts))] if len(counts) > 1 else ["data/epochs"]
+        return {n: count / len(s) for n, count, s in zip(names, counts, self.sources, strict=True)}
+
     def locate(self, index: int) -> tuple[int, int]:
         """The source of a record, and the record's number in it."""
         source = bisect.bisect_right(self._offsets, index) - 1
@@ -82,29 +87,39 @@ def open_mixture(spec: str) -> Mixture:
     Raises:
       DataError: a source cannot be opened, or the weights are not all given or all left out, or one is not above 0.
     """
-    parts = [part.strip() for part in re.split(r"\s\+\s", spec.strip())]
-    split = [re.fullmatch(r"(?:(\S+)\s*\*\s+)?(\S.*)", part) for part in parts]
-    specs, weights = [], []
-    for part, found in zip(parts, split, strict=True):
-        if found is None:
-            raise DataError(f"sources {spec!r}: nothing stands beside a +; write A + B, or 0.7 * A + 0.3 * B")
-        try:
-            weights.append(None if found[1] is None else float(found[1]))
-        except ValueError:
-            raise DataError(f"sources {spec!r}: {found[1]!r} in {part!r} is not a weight: write 0.7 * A") from None
-        specs.append(found[2])
-    given = [weight for weight in weights if weight is not None]
-    if given and len(given) < len(weights):
-        raise DataError(f"sources {spec!r}: some have a weight and some have none: give all of them one")
-    if not all(0 < weight < float("inf") for weight in given):
-        raise DataError(f"sources {spec!r}: every weight must be more than 0; leave a source out instead")
-    if double := sorted({s for s in specs if specs.count(s) > 1}):
-        raise DataError(f"sources {spec!r}: {double[0]} stands there twice: name it once, with the sum of its weights")
+    parts = read_spec(spec)
+    specs, given = list(parts), [weight for weight in parts.values() if weight is not None]
     sources = [open_source(s) for s in specs]
     shares = np.array(given or [len(source) for source in sources], float)
     mixture = Mixture(sources, tuple((shares / shares.sum()).tolist()))
     Schedule([Segment(0, mixture.weights)])  # says it now if a weight is too small
     return mixture
+
+
+def read_spec(spec: str) -> dict[str, float | None]:
+    """The sources that a specification names, in their order, and their weights.
+
+    Raises:
+      DataError: as `open_mixture`.
+    """
+    found: dict[str, float | None] = {}
+    for part in re.split(r"(?:^|\s)\+(?:\s|$)", spec.strip()):
+        split = re.fullmatch(r"\s*(?:(\S+)\s*\*\s+)?(\S.*?)\s*", part)
+        if split is None:
+            raise DataError(f"sources {spec!r}: nothing stands beside a +; write A + B, or 0.7 * A + 0.3 * B")
+        weight, source = split.groups()
+        if source in found:
+            raise DataError(f"sources {spec!r}: {source} stands there twice: name it once, with the sum of its weights")
+        try:
+            found[source] = None if weight is None else float(weight)
+        except ValueError:
+            raise DataError(f"sources {spec!r}: {weight!r} before {source} is not a weight: write 0.7 * A") from None
+    given = [weight for weight in found.values() if weight is not None]
+    if given and len(given) < len(found):
+        raise DataError(f"sources {spec!r}: some have a weight and some have none: give all of them one")
+    if not all(0 < weight < float("inf") for weight in given):
+        raise DataError(f"sources {spec!r}: every weight must be more than 0; leave a source out instead")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +193,9 @@ def _table(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarr
     per_block = np.diff(bounds, prepend=0)
     if (per_block < 1).any():
         small = weights[int(np.argmin(per_block))]
-        raise DataError(f"a source's share of the mixture is {small:.2g}, less than 1 / {BLOCK}: raise it or leave it out")
+        raise DataError(
+            f"a source's share of the mixture is {small:.2g}, less than 1 / {BLOCK}: raise it or leave it out"
+        )
     owners = np.searchsorted(bounds, np.arange(BLOCK) * _STEP % BLOCK, side="right").astype(np.int32)
     ranks = np.empty(BLOCK, np.int32)
     for source, size in enumerate(per_block):

@@ -3,8 +3,8 @@
 Everything up to the batches is a MapDataset, a pure function of the position: it can be asked for any example, and the
 number of threads, worker processes or hosts changes nothing in what comes out. A place in the data is one number.
 
-An example that cannot be used is replaced by another of its source, drawn from its own random numbers: the batch is full
-on every host, and the same at every reading. It says so under "problem".
+An example that cannot be used is replaced by another of its source, drawn from its own random numbers: the batch is
+full on every host, and the same at every reading. It says so under "problem".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from coca_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
 
-HOST_KEYS = ("index", "problem", "valid")  # of a batch: what stays with the host
+HOST_KEYS = ("index", "reason", "valid", "bad")  # of a batch: what stays with the host
 _REPLACEMENTS = 100  # tries to find an example that can be used: if so many in a row cannot, something else is wrong
 
 
@@ -44,36 +44,35 @@ class _Read:
     length: int
 
     def train(self, index: int, rng: np.random.Generator) -> Batch:
-        chosen, problem = index, 0
+        chosen, problem, first = index, 0, ""
         for _ in range(_REPLACEMENTS):
             try:
                 example = self._augmented(chosen, rng)
             except BadExample as error:
-                problem = problem or 1 + list(REASONS).index(error.reason)
+                problem, first = problem or _code(error), first or str(error)
                 chosen = int(rng.integers(len(self.source)))
             else:
                 return example | {"index": np.int64(index), "problem": np.int8(problem)}
         raise DataError(
-            f"{self.source.name}: record {index} and {_REPLACEMENTS - 1} others that were to replace it cannot be used: "
-            "see `python -m coca_jax.data.prepare describe`"
+            f"{self.source.name}: record {index} cannot be used ({first}), nor can {_REPLACEMENTS - 1} others that "
+            "were to replace it: see what is there with `python -m coca_jax.data.prepare describe`"
         )
 
     def _augmented(self, index: int, rng: np.random.Generator) -> Batch:
-        record = self.read(index)
+        record = self._record(index)
         captions = [caption for caption in record.captions if caption.strip()]
+        if not captions:
+            raise BadExample("no_caption", f"{self.source.name}: record {index} ({record.key}) has no caption")
         caption = captions[rng.integers(len(captions)) if len(captions) > 1 else 0]
         return {
             "images": images.decode_and_augment(record.image, self.image_size, rng, self.data),
             "tokens": self.tokenizer.encode(caption, self.length),
         }
 
-    def read(self, index: int) -> Record:
-        """The record, which has a picture's bytes and a caption. Raises BadExample where it has not."""
+    def _record(self, index: int) -> Record:
         record = self.source[index]
         if not record.image:
             raise BadExample("empty", f"{self.source.name}: record {index} ({record.key}) has an empty picture")
-        if not any(caption.strip() for caption in record.captions):
-            raise BadExample("no_caption", f"{self.source.name}: record {index} ({record.key}) has no caption")
         return record
 
     def evaluate(self, index: int) -> Batch:
@@ -84,16 +83,20 @@ class _Read:
         if index >= len(self.source):  # fills the last batch
             return blank | {"problem": np.int8(0)}
         try:
-            record = self.read(index)
+            record = self._record(index)
             pixels = images.decode(record.image, self.data.background, self.image_size)
         except BadExample as error:
-            return blank | {"problem": np.int8(1 + list(REASONS).index(error.reason))}
-        caption = next(caption for caption in record.captions if caption.strip())
+            return blank | {"problem": np.int8(_code(error))}
+        caption = next((caption for caption in record.captions if caption.strip()), None)
         return {
             "images": images.fit(pixels, self.image_size, self.data.eval_crop),
-            "tokens": self.tokenizer.encode(caption, self.length),
+            "tokens": blank["tokens"] if caption is None else self.tokenizer.encode(caption, self.length),
             "problem": np.int8(0),
         }
+
+
+def _code(error: BadExample) -> int:
+    return 1 + list(REASONS).index(error.reason)
 
 
 def train_examples(
@@ -178,26 +181,33 @@ def eval_batches(
     with examples that are not valid (black, all pad), so that all batches, and those of all processes, have one shape.
 
     Returns:
-      Images, tokens and problems of the rows that are read here, as `train_loader` (but that nothing replaces what cannot
-      be used: its picture is black and its tokens are all pad), and with B = batch_size
+      Images and tokens of the rows that are read here, as `train_loader`, but nothing replaces what cannot be used: its
+      picture is black and its tokens are all pad (all pad is also one without a caption). Instead of "problem" there is
+      `"bad": int64 [b]`, the index of each such record, else -1. And with B = batch_size
       `"index": int64 [B]` and `"valid": bool [B]` of the whole global batch: every process knows which records the
       others read. The index of an example that is not valid is -1.
     """
     read = _Read(source, tokenizer, data, image_size, length)
     total = -(-len(source) // batch_size) * batch_size
+    rows = np.arange(batch_size) if rows is None else rows
     batches = _batched(grain.MapDataset.range(total).map(read.evaluate), batch_size, rows)
-    return _read_ahead(batches.map_with_index(functools.partial(_number, batch_size, len(source))), data)
+    return _read_ahead(batches.map_with_index(functools.partial(_number, batch_size, len(source), rows)), data)
 
 
-def _number(batch_size: int, records: int, number: int, batch: Batch) -> Batch:
+def _number(batch_size: int, records: int, rows: np.ndarray, number: int, batch: Batch) -> Batch:
     """The batch with the records of its global batch."""
     index = np.arange(number * batch_size, (number + 1) * batch_size, dtype=np.int64)
     valid = index < records
-    return batch | {"index": np.where(valid, index, -1), "valid": valid}
+    bad = np.where(batch["problem"] > 0, index[rows], -1)
+    kept = {key: value for key, value in batch.items() if key != "problem"}
+    return kept | {"bad": bad, "index": np.where(valid, index, -1), "valid": valid}
 
 
 def position_key(source: Source, *, seed: int) -> dict[str, Any]:
-    """What a position of the stream is only good for. Store it with the position, and compare before going on."""
+    """What a position of the stream is only good for. Store it with the position, and compare before going on.
+
+    A mixture's weights are not in it: they may change, see Schedule.changed.
+    """
     return {"source": source.fingerprint(), "records": len(source), "seed": seed}
 
 
@@ -230,8 +240,9 @@ def place(
       prefetch: batches placed ahead; 0 places each when it is asked for.
 
     Returns:
-      The same batches as global jax arrays `[batch_size, ...]`, but for `"index"`, `"problem"` and `"valid"`, which
-      stay numpy arrays (they are for people and reports, and jax would cut the index's 64 bits).
+      The same batches as global jax arrays `[batch_size, ...]`, but for `"index"`, `"valid"` and `"bad"`, which stay
+      numpy arrays (they are for people and reports, and jax would cut the index's 64 bits). `"problem"` becomes a
+      global array too, and as `"reason"` stays a numpy array of this process's rows.
     """
     rows = process_rows(sharding, batch_size)
 
@@ -244,7 +255,8 @@ def place(
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
 
     def to_meshes(batch: Batch) -> Batch:
-        return {key: value if key in HOST_KEYS else to_mesh(value) for key, value in batch.items()}
+        placed = {key: value if key in HOST_KEYS else to_mesh(value) for key, value in batch.items()}
+        return placed | ({"reason": batch["problem"]} if "problem" in batch else {})
 
     return grain.experimental.ThreadPrefetchIterDataset(loader.map(to_meshes), prefetch_buffer_size=prefetch)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
 from coca_jax.data import images
+from coca_jax.data.records import BadExample, Record
 from coca_jax.data.sources import Source
 from coca_jax.evaluate import retrieval
 
@@ -32,7 +34,8 @@ def baselines(
 
     Args:
       splits: held-out sources by name.
-      reference: a training source. All its records are read, those with a name of some split are decoded.
+      reference: a training source. All its records are read, those with a name of some split are decoded. Here as in
+        the splits, records that cannot be used are left out.
       style: the style of the reference pictures, e.g. a designer; empty: all of them.
       size: side at which pictures are compared, pixels.
       background: RGB under transparent pixels.
@@ -50,38 +53,42 @@ def baselines(
         bar = bar or tqdm(disable=True)
         bar.total = (bar.total or 0) + sum(map(len, missing.values())) + len(reference)
         bar.set_description("pixel baseline")
-        texts = {name: retrieval.unique_texts([r.captions for r in _records(s)]) for name, s in missing.items()}
-        wanted = {text for distinct, _ in texts.values() for text in distinct}
-        pictures, names, styles = [], [], set()
-        for record in _records(reference):
+        held_out = {name: _pictures(source, size, background, bar) for name, source in missing.items()}
+        wanted = {text for captions, _ in held_out.values() for texts in captions for text in texts}
+        styles: set[str] = set()
+
+        def useful(record: Record) -> bool:
             styles.add(record.style)
-            if record.captions and (not style or record.style == style) and wanted.intersection(record.captions):
-                pictures.append(images.fit(images.decode(record.image, background, size), size))
-                names.append(record.captions)
-            bar.update()
+            return (not style or record.style == style) and not wanted.isdisjoint(record.captions)
+
+        names, references = _pictures(reference, size, background, bar, useful)
         if style and style not in styles:
             there = ", ".join(sorted(styles - {""})) or "none"
             raise ValueError(f"config.evaluate.reference_style={style!r}: the styles of {reference.name} are {there}")
-        references = _stack(pictures, size)
-        for split, source in missing.items():
-            held_out = []
-            for record in _records(source):
-                held_out.append(images.fit(images.decode(record.image, background, size), size))
-                bar.update()
-            distinct, image_to_text = texts[split]
-            known[keys[split]] = retrieval.pixel_baseline(
-                _stack(held_out, size), image_to_text, distinct, references, names
-            )
+        for name, (captions, pictures) in held_out.items():
+            distinct, image_to_text = retrieval.unique_texts(captions)
+            known[keys[name]] = retrieval.pixel_baseline(pictures, image_to_text, distinct, references, names)
         _write(path, known)
     return {name: known[key] for name, key in keys.items()}
 
 
-def _records(source: Source) -> Iterator:
-    return (source[i] for i in range(len(source)))
-
-
-def _stack(pictures: Sequence[np.ndarray], size: int) -> np.ndarray:
-    return np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
+def _pictures(
+    source: Source,
+    size: int,
+    background: tuple[int, int, int],
+    bar: tqdm,
+    useful: Callable[[Record], bool] = lambda record: True,
+) -> tuple[list[tuple[str, ...]], np.ndarray]:
+    """Captions, and pixels uint8 `[m, size, size, 3]`, of the records that are useful and can be used."""
+    captions, pictures = [], []
+    for row in range(len(source)):
+        with contextlib.suppress(BadExample):
+            record = source[row]
+            if useful(record):
+                pictures.append(images.fit(images.decode(record.image, background, size), size))
+                captions.append(record.captions)
+        bar.update()
+    return captions, np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
 
 
 def _key(source: Source, reference: Source, *settings: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 from coca_jax.config import Config
 from coca_jax.data.images import Preprocessor
+from coca_jax.data.records import BadExample
 from coca_jax.data.sources import Source
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import captioning, pixels, retrieval, zero_shot
 
-Batch = Mapping[str, Any]  # images uint8 [b, s, s, 3], tokens int32 [b, t], index int64 [b], valid bool [b]
+# images uint8 [b, s, s, 3], tokens int32 [b, t], index int64 [b], valid bool [b], bad int64 (rows, or -1)
+Batch = Mapping[str, Any]
 Array = np.ndarray
 
 GALLERY = 8  # queries a split and a direction, evenly spaced
@@ -148,7 +150,8 @@ def run(
       tokenizer: of the model.
       config: the run's.
       batches: a source -> its batches, every record once, all of one shape; `images` and `tokens` are for `functions`
-        alone, `index` and `valid` are numpy arrays of the whole batch on every process.
+        alone, `index` and `valid` are numpy arrays of the whole batch on every process, `bad` of what was read in this
+        one.
       reference: the training source that the pixel baseline looks names up in; None leaves the baseline out, as do
         sources of more than `pixels.LIMIT` records.
       reference_style: the style of the pictures it uses; empty: all.
@@ -194,12 +197,16 @@ def run(
             source, name = sources[spec], names.get(spec, "zero_shot")
             bar.set_description(name)
             is_first = functions.generate is not None and list(names)[:1] == [spec]
-            shown = spread(len(source), evaluate.captions if is_first else 0)
             got = _forward(functions, batches(source), len(source), name, bar, losses=spec in names)
+            bad = {row for rows in processes.gather(sorted(got.bad)) for row in rows}
+            if bad:  # neither right nor wrong: they are left out of every figure, and counted
+                metrics[f"{name}/bad"] = float(len(bad))
+                table, got = table.without(bad), got.without(bad)
+            shown = [table.rows[i] for i in spread(len(table.rows), evaluate.captions if is_first else 0)]
             if spec in names and encodes:
                 texts = encode(table.texts)
                 found = retrieval.recall(got.features, texts, table.image_to_text)
-                metrics |= {f"{name}/images": float(len(source)), f"{name}/texts": float(len(table.texts))}
+                metrics |= {f"{name}/images": float(len(table.rows)), f"{name}/texts": float(len(table.texts))}
                 metrics |= _flat(found, name)
                 if processes.index == 0:
                     queries += _queries(source, name, table, got.features, texts)
@@ -245,8 +252,9 @@ def spread(length: int, count: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """The text of a source: captions and label of each record, and the distinct captions."""
+    """The text of a source: numbers, captions and labels of its records, and the distinct captions."""
 
+    rows: list[int]
     captions: list[tuple[str, ...]]
     labels: list[str]
     texts: list[str]
@@ -254,11 +262,24 @@ class _Table:
 
     @classmethod
     def read(cls, source: Source, processes: Processes) -> _Table:
+        def text(row: int) -> tuple[tuple[str, ...], str]:
+            try:
+                record = source[row]
+            except BadExample:  # the pass over the pictures finds it too, and leaves it out
+                return (), ""
+            return tuple(caption for caption in record.captions if caption.strip()), record.label
+
         rows = range(processes.index, len(source), processes.count)
-        shares = processes.gather([(record.captions, record.label) for record in (source[i] for i in rows)])
+        shares = processes.gather([text(row) for row in rows])
         records = [shares[i % processes.count][i // processes.count] for i in range(len(source))]
         captions, labels = [tuple(record[0]) for record in records], [record[1] for record in records]
-        return cls(captions, labels, *retrieval.unique_texts(captions))
+        return cls(list(range(len(source))), captions, labels, *retrieval.unique_texts(captions))
+
+    def without(self, rows: Collection[int]) -> _Table:
+        kept = [i for i, row in enumerate(self.rows) if row not in rows]
+        captions = [self.captions[i] for i in kept]
+        unique = retrieval.unique_texts(captions)
+        return _Table([self.rows[i] for i in kept], captions, [self.labels[i] for i in kept], *unique)
 
 
 @dataclasses.dataclass
@@ -268,12 +289,17 @@ class _Forward:
     features: Array  # [m, d]
     nll: Array  # [m]
     tokens: Array  # [m]
+    bad: list[int]  # rows whose picture could not be used, of those that this process has read
+
+    def without(self, rows: Collection[int]) -> _Forward:
+        kept = [row for row in range(len(self.nll)) if row not in rows]
+        return _Forward(self.features[kept], self.nll[kept], self.tokens[kept], [])
 
 
 def _forward(
     functions: Functions, batches: Iterable[Batch], length: int, name: str, bar: tqdm, losses: bool
 ) -> _Forward:
-    got = _Forward(np.zeros((length, 0)), np.zeros(length), np.zeros(length, np.int64))
+    got = _Forward(np.zeros((length, 0)), np.zeros(length), np.zeros(length, np.int64), [])
     covered = np.zeros(length, bool)
     for batch in batches:
         valid = batch["valid"]
@@ -286,6 +312,7 @@ def _forward(
         if losses and functions.caption_loss is not None:
             nll, tokens = functions.caption_loss(batch["images"], batch["tokens"])
             got.nll[index], got.tokens[index] = np.asarray(nll)[valid], np.asarray(tokens)[valid]
+        got.bad += [row for row in batch["bad"].tolist() if row >= 0]
         covered[index] = True
         bar.update(len(index))
     if not covered.all():
@@ -303,13 +330,13 @@ def _queries(source: Source, name: str, table: _Table, images: Array, texts: Arr
     for row, right, rank, answers in zip(rows, truth, ranks.tolist(), best.tolist(), strict=True):
         found = tuple(Answer(table.texts[a], a in right) for a in answers)
         text = " / ".join(table.captions[row])
-        queries.append(Query(name, "image_to_text", text, found, rank, len(texts), source[row].image))
+        queries.append(Query(name, "image_to_text", text, found, rank, len(texts), source[table.rows[row]].image))
     text_to_image = retrieval.invert(table.image_to_text, len(texts))
     rows = spread(len(texts), GALLERY)
     truth = [text_to_image[row] for row in rows]
     ranks, best = retrieval.ranks(texts[rows], images, truth), retrieval.top(texts[rows], images, SHOWN)
     for row, right, rank, answers in zip(rows, truth, ranks.tolist(), best.tolist(), strict=True):
-        found = tuple(Answer(" / ".join(table.captions[a]), a in right, source[a].image) for a in answers)
+        found = tuple(Answer(" / ".join(table.captions[a]), a in right, source[table.rows[a]].image) for a in answers)
         queries.append(Query(name, "text_to_image", table.texts[row], found, rank, len(images)))
     return queries
 

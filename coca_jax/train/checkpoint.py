@@ -15,6 +15,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from coca_jax import config
 from coca_jax.config import ConfigError
+from coca_jax.data.mixture import read_spec
 from coca_jax.sharding import path_of
 from coca_jax.train.state import Parameters, TrainState
 
@@ -69,7 +70,7 @@ class Checkpoints:
     def save(
         self,
         state: TrainState,
-        position: int,
+        place: dict[str, Any],
         identity: dict[str, Any],
         metrics: dict[str, float] | None = None,
     ) -> None:
@@ -79,7 +80,8 @@ class Checkpoints:
 
         Args:
           state: real.
-          position: of the first example of the data's stream that the state has not seen, over all processes.
+          place: in the data, in plain values: `position` of the first example of its stream that the state has not
+            seen, over all processes, and what else belongs to it.
           identity: what must not change between save and resume (the data's fingerprint, the seed).
           metrics: of an evaluation at this step, for keep_best.
         """
@@ -90,13 +92,13 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_raw_key(state)),
-                data=ocp.args.JsonSave({"position": position} | identity),
+                data=ocp.args.JsonSave(place | identity),
             ),
             metrics={k: float(v) for k, v in metrics.items()} if metrics else None,
         )
 
-    def restore(self, abstract: TrainState, identity: dict[str, Any]) -> tuple[TrainState, int] | None:
-        """The newest state and its position in the data, or None where there is no checkpoint.
+    def restore(self, abstract: TrainState, identity: dict[str, Any]) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state and its place in the data, or None where there is no checkpoint.
 
         Neither depends on how many processes or devices saved it.
 
@@ -129,7 +131,7 @@ class Checkpoints:
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_raw_key(abstract)))
         )
-        return _typed_key(restored.state), int(saved["position"])
+        return _typed_key(restored.state), {key: value for key, value in saved.items() if key not in identity}
 
     def restore_parameters(self, abstract: Parameters, step: int | None = None) -> tuple[Parameters, int]:
         """The parameters alone (the moving average where there is one), and their step.
@@ -234,6 +236,7 @@ _MAY_CHANGE = (
     "mesh",
     "evaluate",
     "checkpoint",
+    "data.max_bad",
     "data.prefetch",
     "data.threads",
     "data.workers",
@@ -260,7 +263,9 @@ def keep_config(workdir: epath.Path, c: config.Config) -> None:
     if path.exists():
         before = read_config(workdir)
         for key, old, new in _differences(json.loads(config.to_json(before)), json.loads(config.to_json(c))):
-            if not any(key == k or key.startswith(k + ".") for k in _MAY_CHANGE):
+            # Of a mixture the weights may change, see Schedule.changed.
+            weights_alone = key == "data.train" and list(read_spec(old)) == list(read_spec(new))
+            if not weights_alone and not any(key == k or key.startswith(k + ".") for k in _MAY_CHANGE):
                 raise ConfigError(
                     f"config.{key}={new!r}, but {path} was begun with {old!r}: put it back, or start in another "
                     "--workdir"

@@ -12,6 +12,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
@@ -20,7 +21,9 @@ from jax.sharding import Mesh
 from coca_jax import config
 from coca_jax.config import ConfigError
 from coca_jax.data import pipeline
-from coca_jax.data.sources import Source
+from coca_jax.data import tally as tallies
+from coca_jax.data.mixture import Mixture, Schedule
+from coca_jax.data.tally import Tally
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.model import flops
 from coca_jax.sharding import batch_sharding
@@ -47,7 +50,7 @@ def train(
     c: config.Config,
     workdir: epath.Path,
     mesh: Mesh,
-    source: Source,
+    mixture: Mixture,
     tokenizer: Tokenizer,
     evaluate: Evaluator | None = None,
     profile_steps: Steps | None = None,
@@ -60,7 +63,7 @@ def train(
       c: configuration, checked.
       workdir: for checkpoints and metrics.
       mesh: of all devices.
-      source: training data.
+      mixture: training data.
       tokenizer: of the captions.
       evaluate: called every `c.evaluate.every` steps and at the end; its metrics are written with the step's.
       profile_steps: traced into `workdir/profile`.
@@ -70,11 +73,12 @@ def train(
 
     Raises:
       ConfigError: the tokenizer does not fit the model, or nothing would be trained.
+      DataError: more of the examples than `c.data.max_bad` cannot be used.
       NotFinite: the loss is not a number any more; nothing is saved from then on.
       Stopped: on SIGTERM or SIGINT, after saving.
     """
     check_tokenizer(c, tokenizer)
-    identity = pipeline.position_key(source, seed=c.seed)
+    identity = pipeline.position_key(mixture, seed=c.seed)
     optimizer = optimizers.make_optimizer(c.optimizer, c.steps, states.abstract_parameters(c))
 
     with (
@@ -83,22 +87,26 @@ def train(
         _stop_signals() as asked_to_stop,
     ):
         abstract = states.abstract(c, optimizer, mesh)
-        state, position = checkpoints.restore(abstract, identity) or (states.real(c, optimizer, mesh), 0)
-        first = int(state.step)
-        iterator = iter(_batches(c, mesh, source, tokenizer, position))
+        state, place = checkpoints.restore(abstract, identity) or (states.real(c, optimizer, mesh), {"position": 0})
+        first, position, tally = int(state.step), int(place["position"]), Tally(place.get("tally"))
+        # A changed mixture holds from here on.
+        schedule = Schedule.from_json(place.get("schedule", [[0, mixture.weights]])).changed(position, mixture.weights)
+        iterator = iter(_batches(c, mesh, mixture, tokenizer, schedule, position))
+        listed = tallies.List(mixture, workdir, jax.process_index())
         if first:
             logging.info("resumed %s at step %d", checkpoints.folder, first)
         step_function = compile_step(c, optimizer, mesh, abstract)
         writer, progress = Writer(workdir, first), Progress(first, c.steps, c.batch_size, flops.of_step(c))
         profile = Profile(workdir, profile_steps, first)
-        pending: tuple[int, dict[str, Any]] | None = None
+        pending: tuple[int, int, dict[str, Any]] | None = None
 
         def settle() -> None:
             """Reads the metrics of the step before and shows them."""
             nonlocal pending
             if pending is None:
                 return
-            (at, metrics), pending = pending, None
+            (at, seen, metrics), pending = pending, None
+            tally.add(c.batch_size, np.asarray(metrics.pop("problems")))
             metrics = {name: float(value) for name, value in metrics.items()}
             if not math.isfinite(metrics["loss"]):
                 raise NotFinite(
@@ -107,7 +115,9 @@ def train(
                 )
             progress.update(at, metrics)
             if at % c.log_every == 0 or at == c.steps:
-                writer.write(at, metrics | progress.rates)
+                epochs = mixture.epochs(schedule.counts(seen))
+                writer.write(at, metrics | progress.rates | tally.metrics() | epochs)
+            tally.check(c.data.max_bad, listed.path)
 
         try:
             for step in range(first + 1, c.steps + 1):
@@ -116,9 +126,12 @@ def train(
                 position += c.batch_size
                 waited = time.monotonic() - asked
                 with profile.step(step):
-                    state, metrics = step_function(state, {k: v for k, v in batch.items() if k != "index"})
+                    state, metrics = step_function(
+                        state, {k: v for k, v in batch.items() if k not in pipeline.HOST_KEYS}
+                    )
+                listed.add(batch["index"], batch["reason"])
                 settle()
-                pending = (step, metrics | {"data_wait_seconds": waited})
+                pending = (step, position, metrics | {"data_wait_seconds": waited})
                 if profile.after(step, metrics):
                     progress.pause()
 
@@ -139,7 +152,8 @@ def train(
                 if last or stopping or keep_best or step % c.checkpoint.every == 0:
                     settle()  # a state whose loss is not finite is never saved
                     progress.pause()
-                    checkpoints.save(state, position, identity, results)
+                    place = {"position": position, "schedule": schedule.to_json(), "tally": tally.to_json()}
+                    checkpoints.save(state, place, identity, results)
                 if stopping:
                     checkpoints.wait()
                     raise Stopped(f"stopped at step {step} of {c.steps}, saved in {checkpoints.folder}")
@@ -152,7 +166,9 @@ def train(
     return state
 
 
-def _batches(c: config.Config, mesh: Mesh, source: Source, tokenizer: Tokenizer, position: int) -> grain.IterDataset:
+def _batches(
+    c: config.Config, mesh: Mesh, source: Mixture, tokenizer: Tokenizer, schedule: Schedule, position: int
+) -> grain.IterDataset:
     """Global batches on the mesh, from a position of the data's stream on; each process reads its rows of them."""
     place = batch_sharding(mesh)
     loader = pipeline.train_loader(
@@ -163,6 +179,7 @@ def _batches(c: config.Config, mesh: Mesh, source: Source, tokenizer: Tokenizer,
         length=c.model.text.length,
         batch_size=c.batch_size,
         seed=c.seed,
+        schedule=schedule,
         rows=pipeline.process_rows(place, c.batch_size),
         start=position,
     )

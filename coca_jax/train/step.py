@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from coca_jax import config, losses
+from coca_jax.data.records import REASONS
 from coca_jax.model.coca import MAX_LOG_SCALE
 from coca_jax.sharding import batch_sharding, replicated
 from coca_jax.train.accumulate import Batch, Metrics, accumulated_gradients, forward
@@ -41,7 +42,11 @@ def gradients_of(c: config.Config, params: Parameters, batch: Batch) -> tuple[Pa
 def train_step(
     c: config.Config, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
-    """Loss, gradients, update. Metrics are float32 scalars of the global batch."""
+    """Loss, gradients, update.
+
+    Metrics are float32 scalars of the global batch; and, where the batch has `problem` (int8 `[b]`), `problems`: int32
+    `[len(REASONS)]`, the number of examples with each.
+    """
     gradients, metrics = gradients_of(c, state.params, batch)
     # The norm and all that the optimiser makes of bfloat16 gradients (of bfloat16 parameters) is computed in float32.
     gradients = optax.tree.cast(gradients, jnp.float32)
@@ -54,6 +59,9 @@ def train_step(
         # Early on the average forgets faster, so that it does not remember the initialisation.
         decay = jnp.minimum(c.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
+    if "problem" in batch:
+        reasons = 1 + jnp.arange(len(REASONS), dtype=batch["problem"].dtype)
+        metrics["problems"] = jnp.sum(batch["problem"][:, None] == reasons[None], axis=0, dtype=jnp.int32)
     metrics |= {
         "gradient_norm": optax.tree.norm(gradients),
         "update_norm": optax.tree.norm(updates),

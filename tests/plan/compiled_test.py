@@ -76,4 +76,7 @@ def test_an_impossible_plan_says_by_how_many_gib(run_python: RunPython, tmp_path
     assert values["hbm_gib_per_chip"] > values["hbm_limit_gib"]
     assert values["hbm_missing_gib"] == pytest.approx(values["hbm_gib_per_chip"] - values["hbm_limit_gib"])
     assert f"{values['hbm_missing_gib']:.2f} GiB more" in printed in printed
-    assert re.search(r"--config\.microbatches=(2|4|8)\b", printed), printed
+    wanted = re.search(r"--config\.microbatches=(\d+)", printed)
+    assert wanted, printed
+    ratio = values["hbm_gib_per_chip"] / values["hbm_limit_gib"]
+    assert int(wanted[1]) / 2 < ratio <= int(wanted[1])

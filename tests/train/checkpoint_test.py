@@ -33,12 +33,12 @@ def at(fresh: state.TrainState, step: int, shift: float = 0.0) -> state.TrainSta
 def test_everything_comes_back_to_the_bit(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
     identity = {"source": "abc", "seed": 2}
     with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:
-        checkpoints.save(at(fresh, 3), 3 * 2**40, identity)
+        checkpoints.save(at(fresh, 3), {"position": 3 * 2**40, "schedule": [[0, [1.0]]]}, identity)
         checkpoints.wait()
         found = checkpoints.restore(state.abstract(C, TX, MESH), identity)
     assert found is not None
-    restored, position = found
-    assert int(restored.step) == 3 and position == 3 * 2**40
+    restored, place = found
+    assert int(restored.step) == 3 and place == {"position": 3 * 2**40, "schedule": [[0, [1.0]]]}
     raw = [dataclasses.replace(s, rng=jax.random.key_data(s.rng)) for s in (restored, at(fresh, 3))]
     jax.tree.map(np.testing.assert_array_equal, *raw)
 
@@ -46,7 +46,7 @@ def test_everything_comes_back_to_the_bit(tmp_path: pathlib.Path, fresh: state.T
 def test_other_data_is_refused(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
     with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:
         assert checkpoints.restore(state.abstract(C, TX, MESH), {"seed": 0}) is None
-        checkpoints.save(at(fresh, 1), 8, {"seed": 0})
+        checkpoints.save(at(fresh, 1), {"position": 8}, {"seed": 0})
         checkpoints.wait()
         with pytest.raises(CheckpointError, match="seed was 0 when it was saved and is 2 now"):
             checkpoints.restore(state.abstract(C, TX, MESH), {"seed": 2})
@@ -54,7 +54,7 @@ def test_other_data_is_refused(tmp_path: pathlib.Path, fresh: state.TrainState) 
 
 def test_a_position_of_an_earlier_version_is_refused(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
     with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:
-        checkpoints.save(at(fresh, 1), 8, {})
+        checkpoints.save(at(fresh, 1), {"position": 8}, {})
         checkpoints.wait()
     # As it was written, one file a process.
     step = tmp_path / "checkpoints" / "1"
@@ -68,7 +68,7 @@ def test_a_position_of_an_earlier_version_is_refused(tmp_path: pathlib.Path, fre
 
 def test_another_architecture_is_refused_leaf_by_leaf(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
     with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:
-        checkpoints.save(at(fresh, 1), 0, {})
+        checkpoints.save(at(fresh, 1), {"position": 0}, {})
         checkpoints.wait()
         other = tiny.replace(C, model__image__mlp_dim=48, model__text__tie_embeddings=True)
         tx = optimizer.make_optimizer(other.optimizer, other.steps, state.abstract_parameters(other))
@@ -82,7 +82,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: pathlib.Path, fresh: state.T
     c = config.Checkpoint(keep=2, keep_best=1)
     with Checkpoints(tmp_path, c, best="seen/r1") as checkpoints:
         for step, score in ((1, 0.1), (2, 0.9), (3, None), (4, 0.3), (5, None)):
-            checkpoints.save(at(fresh, step), 0, {}, None if score is None else {"seen/r1": score})
+            checkpoints.save(at(fresh, step), {"position": 0}, {}, None if score is None else {"seen/r1": score})
         checkpoints.wait()
         assert checkpoints.latest() == 5
     steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
@@ -92,7 +92,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: pathlib.Path, fresh: state.T
 def test_less_is_better_for_losses(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
     with Checkpoints(tmp_path, config.Checkpoint(keep=1), best="seen/caption_loss") as checkpoints:
         for step, loss in ((1, 0.5), (2, 0.2), (3, 0.4)):
-            checkpoints.save(at(fresh, step), 0, {}, {"seen/caption_loss": loss})
+            checkpoints.save(at(fresh, step), {"position": 0}, {}, {"seen/caption_loss": loss})
         checkpoints.wait()
     steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert steps == [2, 3]
@@ -100,7 +100,7 @@ def test_less_is_better_for_losses(tmp_path: pathlib.Path, fresh: state.TrainSta
 
 def test_parameters_alone_come_from_the_moving_average(tmp_path: pathlib.Path, fresh: state.TrainState) -> None:
     with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:
-        checkpoints.save(at(fresh, 7, shift=1.0), 0, {})
+        checkpoints.save(at(fresh, 7, shift=1.0), {"position": 0}, {})
         checkpoints.wait()
     with Checkpoints(tmp_path) as checkpoints:
         params, step = checkpoints.restore_parameters(state.abstract_parameters(C))
