@@ -90,7 +90,7 @@ def load(workdir: epath.PathLike, *, step: int | None = None, image_size: int | 
       CheckpointError: the folder is not a workdir, holds no such step, or does not fit its own configuration.
       ConfigError: image_size is not a multiple of the patch.
     """
-    workdir = epath.Path(workdir)
+    workdir = checkpoint.absolute(workdir)
     c = checkpoint.read_config(workdir)
     # The kernels belong to the machine that it was trained on; XLA computes the same function anywhere.
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention="xla"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging as std_logging
-import os
 import signal
 import time
 import traceback
@@ -63,7 +62,7 @@ def run(
         profile_steps = read_steps(profile, c.steps)
         distributed.initialize(processes, timeout)
         config.check(c, jax.device_count(), slice_count=sharding.slice_count(), platform=jax.default_backend())
-        return _run(c, epath.Path(os.path.expanduser(workdir)), evaluate_only, profile_steps, started)
+        return _run(c, checkpoint.absolute(workdir), evaluate_only, profile_steps, started)
     except loop.Stopped as stopped:
         _say(stopped)
         return EXIT_STOPPED

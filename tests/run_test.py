@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import runpy
+import shutil
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import coca_jax
 from coca_jax import config, run
 from coca_jax.config import ConfigError
 from coca_jax.model import flops
+from coca_jax.train import checkpoint
 from coca_jax.train.checkpoint import CheckpointError
 from coca_jax.train.metrics import read_lines
 from tests import pairs
@@ -98,6 +100,19 @@ def test_a_loaded_model_encodes_and_captions(workdir: pathlib.Path) -> None:
     assert not jax.tree.all(
         jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), coca.params, coca_jax.load(workdir, step=4).params)
     )
+
+
+def test_a_workdir_may_be_named_from_where_one_stands(
+    recipe: Any, workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(workdir, "runs/mine")
+    assert coca_jax.load("runs/mine").step == 6
+    shutil.rmtree("runs/mine/checkpoints/6")
+    assert run.run(recipe, "runs/mine") == 0  # it goes on from step 4
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert coca_jax.load("~/runs/mine").step == 6
+    assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"
 
 
 def test_a_model_loads_at_another_resolution(workdir: pathlib.Path) -> None:

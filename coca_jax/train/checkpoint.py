@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import jax
@@ -27,6 +28,12 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used. The message names the folder, the leaf and the fix."""
 
 
+def absolute(workdir: epath.PathLike) -> epath.Path:
+    """The path of a workdir as Orbax needs it: from the root of a file system, or a bucket's."""
+    text = os.fspath(workdir)
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
 class Checkpoints:
     """The checkpoints of one workdir.
 
@@ -41,7 +48,7 @@ class Checkpoints:
           c: how many to keep; None opens the folder for reading alone.
           best: name of the metric that keep_best goes by; less is better for losses and ranks.
         """
-        self.folder = epath.Path(workdir) / "checkpoints"
+        self.folder = absolute(workdir) / "checkpoints"
         keep: list[Any] = [policies.LatestN(c.keep)] if c else []
         if c and c.keep_best and best:
             keep.append(
