@@ -144,6 +144,7 @@ class Data:
     background: tuple[int, int, int] = (255, 255, 255)  # under transparent pixels
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    subword_sampling: float = 0.0  # above 0, captions are cut into drawn pieces, the more freely the nearer to 0
     max_bad: float = 0.01  # share of the examples that cannot be used above which a run stops; others replace them
     workers: int = 0  # processes; 0: threads only, the faster choice up to about 50 cores
     threads: int = 0  # that read and decode; 0: twice the cores, at most 16

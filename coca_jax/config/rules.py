@@ -48,7 +48,7 @@ NOT_NEGATIVE = (
     *("model.text.n_multi", "model.text.pad_id", "model.image.scan_unroll", "model.text.scan_unroll"),
     *("loss.lambda_con", "loss.lambda_cap", "loss.contrastive_tile", "loss.caption_chunk"),
     *("optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps"),
-    *("data.workers", "data.threads", "data.color_jitter", "data.hue_jitter", "data.rotate"),
+    *("data.workers", "data.threads", "data.color_jitter", "data.hue_jitter", "data.rotate", "data.subword_sampling"),
     *("evaluate.every", "evaluate.captions", "checkpoint.keep_best"),
 )
 SHARE = (

@@ -66,7 +66,7 @@ class _Read:
         caption = captions[rng.integers(len(captions)) if len(captions) > 1 else 0]
         return {
             "images": images.decode_and_augment(record.image, self.image_size, rng, self.data),
-            "tokens": self.tokenizer.encode(caption, self.length),
+            "tokens": self.tokenizer.encode(caption, self.length, rng=rng, sampling=self.data.subword_sampling),
         }
 
     def _record(self, index: int) -> Record:

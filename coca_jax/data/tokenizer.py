@@ -1,4 +1,4 @@
-"""Text <-> token ids: a SentencePiece model with the ids that the text decoder expects."""
+"""Text <-> token ids, as the text decoder expects them; and training a SentencePiece vocabulary."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from coca_jax.data import vocabulary
 from coca_jax.data.records import DataError
 
 # Of the vocabularies trained here. A model from elsewhere keeps its own, read from the file.
@@ -17,13 +18,14 @@ PAD_ID, EOS_ID, BOS_ID, UNK_ID = 0, 1, 2, 3
 
 
 class Tokenizer:
-    """A SentencePiece model.
+    """A vocabulary with the frame of ids that the text decoder expects: bos, pieces, eos, pad.
 
     Args:
-      model: path of a `.model` file (a bucket works), or its bytes.
+      model: path of a file (a bucket works), or its bytes: a SentencePiece `.model`; or, for models from elsewhere, a
+        Hugging Face `tokenizer.json` or CLIP's `bpe_simple_vocab_16e6.txt.gz`. See coca_jax/data/vocabulary.py.
 
     Raises:
-      DataError: the file is missing, is not a SentencePiece model, or lacks pad, bos or eos.
+      DataError: the file is missing, is none of these, or lacks pad, bos or eos.
     """
 
     def __init__(self, model: str | os.PathLike[str] | bytes):
@@ -35,29 +37,35 @@ class Tokenizer:
                 raise DataError(f"{name}: no such file; set config.data.tokenizer to a SentencePiece .model file")
             content = path.read_bytes()
         self._model = content
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            loaded = bool(content) and self._processor.LoadFromSerializedProto(content)
-        except RuntimeError:
-            loaded = False
-        if not loaded:
-            raise DataError(f"{name}: {len(content)} bytes that are not a SentencePiece model; train or copy it again")
-        self.vocab_size: int = self._processor.vocab_size()
-        self.pad_id: int = self._processor.pad_id()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        for what in ("pad_id", "bos_id", "eos_id"):
-            if getattr(self, what) < 0:
-                raise DataError(f"{name}: the SentencePiece model has no {what}; train it with {what} set, 0 or more")
+        self._vocabulary = vocabulary.read(content, name)
+        self.vocab_size: int = self._vocabulary.size
+        self.pad_id: int = self._vocabulary.pad_id
+        self.bos_id: int = self._vocabulary.bos_id
+        self.eos_id: int = self._vocabulary.eos_id
+        self.normalization: str = self._vocabulary.normalization
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
         return Tokenizer, (self._model,)  # how worker processes get it
 
-    def encode(self, text: str, length: int) -> np.ndarray:
-        """Token ids of one text, int32 `[length]`: bos, pieces, eos, pad. A long text is cut and still ends in eos."""
+    def encode(
+        self, text: str, length: int, *, rng: np.random.Generator | None = None, sampling: float = 0.0
+    ) -> np.ndarray:
+        """Token ids of one text, int32 `[length]`: bos, pieces, eos, pad. A long text is cut and still ends in eos.
+
+        Args:
+          text: what is encoded.
+          length: of the result, 3 or more.
+          rng: for sampling.
+          sampling: 0: the likeliest pieces; above: pieces are drawn, the more freely the nearer it is to 0 (alpha of
+            Kudo 2018, arXiv:1804.10959). SentencePiece alone.
+        """
         if length < 3:
             raise ValueError(f"length={length} must hold bos, a token and eos: 3 or more")
-        pieces = self._processor.encode(text)[: length - 2]
+        if sampling:
+            assert rng is not None
+            pieces = self._vocabulary.sample(text, rng, sampling)[: length - 2]
+        else:
+            pieces = self._vocabulary.encode(text)[: length - 2]
         # np.pad would take several times as long as the encoding itself.
         ids = np.full(length, self.pad_id, np.int32)
         ids[0] = self.bos_id
@@ -75,9 +83,9 @@ class Tokenizer:
         for token in map(int, ids):
             if token == self.eos_id:
                 break
-            if 0 <= token < self.vocab_size and not self._processor.IsControl(token):
+            if 0 <= token < self.vocab_size:
                 pieces.append(token)
-        return self._processor.decode(pieces)
+        return self._vocabulary.decode(pieces)
 
     def to_bytes(self) -> bytes:
         """The model file's content; `Tokenizer(these bytes)` is the same tokenizer."""
