@@ -15,7 +15,7 @@ from tqdm import tqdm
 from coca_jax.config import Config
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.records import BadExample
-from coca_jax.data.sources import Source
+from coca_jax.data.sources import Source, Spec
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import captioning, pixels, retrieval, zero_shot
 
@@ -104,13 +104,18 @@ class Results:
 
 
 def split_names(specs: Sequence[str]) -> dict[str, str]:
-    """Short metric prefixes of sources: `emoji:seen` -> seen, `array_record:/data/coco-val.array_record` -> coco-val.
+    """Short metric prefixes of sources: `emoji:seen` -> seen, `array_record:/data/coco-val.array_record` -> coco-val,
+    `tfds:coco_captions/2014:1.1.0?split=val` -> coco_captions-2014.
 
     A name met before gets a number: val, val-2.
     """
     names: dict[str, str] = {}
     for spec in dict.fromkeys(specs):
-        stem = re.sub(r"\.\w+$", "", spec.rpartition(":")[2].rstrip("/").rpartition("/")[2])
+        parsed = Spec.parse(spec)
+        if parsed.kind == "tfds":
+            stem = parsed.location.partition(":")[0].replace("/", "-")
+        else:
+            stem = re.sub(r"\.\w+$", "", parsed.location.rstrip("/").rpartition("/")[2])
         stem = name = re.sub(r"[^\w-]+", "_", stem).strip("_-") or "split"
         number = 1
         while name in names.values() or name == "zero_shot":  # the prefix of the zero-shot measures

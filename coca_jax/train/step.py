@@ -59,14 +59,17 @@ def train_step(
         # Early on the average forgets faster, so that it does not remember the initialisation.
         decay = jnp.minimum(c.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
-    if "problem" in batch:
-        reasons = 1 + jnp.arange(len(REASONS), dtype=batch["problem"].dtype)
-        metrics["problems"] = jnp.sum(batch["problem"][:, None] == reasons[None], axis=0, dtype=jnp.int32)
     metrics |= {
         "gradient_norm": optax.tree.norm(gradients),
         "update_norm": optax.tree.norm(updates),
         "learning_rate": jnp.asarray(schedule(c.optimizer, c.steps)(state.step), jnp.float32),
     }
+    if "problem" in batch:
+        # After all else: as the first of the collectives, which depends on nothing, it met others out of turn where
+        # several processes compute on CPUs (jaxlib 0.10.2 and 0.12, Gloo).
+        problem = jax.lax.optimization_barrier((batch["problem"], metrics["update_norm"], metrics["loss"]))[0]
+        reasons = 1 + jnp.arange(len(REASONS), dtype=problem.dtype)
+        metrics["problems"] = jnp.sum(problem[:, None] == reasons[None], axis=0, dtype=jnp.int32)
     return TrainState(state.step + 1, params, opt_state, ema, state.rng), metrics
 
 

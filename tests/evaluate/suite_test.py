@@ -279,9 +279,11 @@ def test_split_names():
         "array_record:/data/coco-val.array_record",
         "array_record:gs://b/val-*.array_record",
         "x:val",
+        "tfds:coco_captions/2014:1.1.0?split=val",
+        "folder:/data/photos?captions=/x/names.csv",
     ]
     found = suite.split_names([*specs, "emoji:seen", "emoji:zero_shot"])
-    assert list(found.values()) == ["seen", "coco-val", "val", "val-2", "zero_shot-2"]
+    assert list(found.values()) == ["seen", "coco-val", "val", "val-2", "coco_captions-2014", "photos", "zero_shot-2"]
 
 
 def test_spread_is_even_and_without_repeats():

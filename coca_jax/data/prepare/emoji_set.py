@@ -1,42 +1,32 @@
-"""Prepares data sets: `python -m coca_jax.data.prepare emoji`."""
+"""The command `emoji`: prepares the built-in set, or describes it."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coca_jax.data import emoji
-from coca_jax.data.records import DataError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prepares (or describes) the set that the command line names; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m coca_jax.data.prepare", description=__doc__)
-    sets = parser.add_subparsers(dest="name", required=True, metavar="SET")
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command to the others."""
     text = "the built-in set: emoji of three designers with their Unicode names; needs pip install 'coca_jax[emoji]'"
-    emoji_set = sets.add_parser("emoji", help=text, description=text)
-    emoji_set.add_argument(
+    parser = commands.add_parser("emoji", help=text, description=text)
+    parser.add_argument(
         "--out", type=Path, help="folder of the set (default: $COCA_JAX_CACHE/emoji, or ~/.cache/coca_jax/emoji)"
     )
-    emoji_set.add_argument("--force", action="store_true", help="prepare again even if it is there")
-    emoji_set.add_argument(
+    parser.add_argument("--force", action="store_true", help="prepare again even if it is there")
+    parser.add_argument(
         "--describe", action="store_true", help="only check the files (checksums too) and say what is there"
     )
-    options = parser.parse_args(argv)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> str:
     folder = options.out or emoji.default_folder()
-    try:
-        if options.describe:
-            manifest = emoji.verify(folder, checksums=True)
-        else:
-            manifest = emoji.prepare(folder, force=options.force)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(describe(folder, manifest))
-    return 0
+    manifest = emoji.verify(folder, checksums=True) if options.describe else emoji.prepare(folder, force=options.force)
+    return describe(folder, manifest)
 
 
 def describe(folder: Path, manifest: dict[str, Any]) -> str:
@@ -51,7 +41,3 @@ def describe(folder: Path, manifest: dict[str, Any]) -> str:
     lines += [f"  {count:>6}  {reason}" for reason, count in manifest["dropped"].items()]
     lines += ["", f"vocabulary: {manifest['vocab_size']} pieces in {folder / emoji.TOKENIZER}"]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

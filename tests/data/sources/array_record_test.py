@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 
@@ -9,8 +10,8 @@ import msgpack
 import pytest
 
 from coca_jax.data import records
-from coca_jax.data.records import DataError, Record
-from coca_jax.data.sources import open_source
+from coca_jax.data.records import BadExample, DataError, Record
+from coca_jax.data.sources import files, open_source
 
 SIZE = 37  # records of `small`, in two files
 
@@ -140,5 +141,80 @@ def test_emoji_splits_are_ranges_of_two_files(emoji_cache):
     train = open_source("emoji:train")
     assert {train[0].style, train[len(train) - 1].style} == {"twemoji", "openmoji"}
     assert train.tokenizer_path == emoji_cache / "emoji" / "tokenizer.model"
+    prompted = open_source("emoji:seen?template=a drawing of {}")
+    i = next(i for i in range(9) if seen[i].label)
+    names = prompted.class_names[seen[i].label]
+    assert (prompted[i].label, prompted[i].captions) == (seen[i].label, tuple(f"a drawing of {name}" for name in names))
     with pytest.raises(DataError, match="emoji:test: no such split; there are train, twemoji"):
         open_source("emoji:test")
+
+
+def test_braces_and_lists(tmp_path):
+    for i in (8, 9, 10):
+        written(tmp_path / f"x-{i:05d}.array_record", f"x-{i}")
+
+    def keys(location: str) -> list[str]:
+        source = open_source(f"array_record:{location}")
+        return [source[i].key for i in range(len(source))]
+
+    assert keys(f"{tmp_path}/x-{{00008..00010}}.array_record") == ["x-8", "x-9", "x-10"]
+    assert keys(f"{tmp_path}/x-000{{10,08}}.array_record") == ["x-10", "x-8"]
+    assert keys(f"{tmp_path}/x-00010.array_record, {tmp_path}/x-0000?.array_record") == ["x-10", "x-8", "x-9"]
+
+
+def test_braces_as_a_shell_expands_them():
+    def expanded(pattern: str) -> list[str]:
+        return list(files.braces(pattern))
+
+    assert expanded("a{1..3}") == ["a1", "a2", "a3"]
+    assert expanded("{09..11}{a,b}") == ["09a", "09b", "10a", "10b", "11a", "11b"]
+    assert expanded("{3..1}") == ["3", "2", "1"]
+    assert expanded("{x}.{a..b}") == ["{x}.{a..b}"]
+    with pytest.raises(DataError, match="are more than 10000000 files"):
+        expanded("{0..99999999999}")
+
+
+def test_a_bad_record_is_one_bad_example(tmp_path):
+    records.write(tmp_path / "x.array_record", [b"tf.Example", records.pack(Record("k", b"i", ("c",)), 1, 1)])
+    source = open_source(f"array_record:{tmp_path}/x.array_record")
+    with pytest.raises(BadExample) as error:
+        source[0]
+    assert error.value.reason == "unreadable" and source[1].key == "k"
+
+
+@pytest.mark.parametrize("location", ["s9://b/x.array_record", "gs://"])
+def test_stores_that_are_not_there(location):
+    with pytest.raises(DataError) as error:
+        open_source(f"array_record:{location}")
+    assert "\n" not in str(error.value) and location in str(error.value)
+
+
+def test_a_truncated_file_is_named(small_folder, tmp_path):
+    for name in ("a", "b"):
+        shutil.copy(small_folder / "small-0.array_record", tmp_path / f"{name}.array_record")
+    data = (tmp_path / "b.array_record").read_bytes()
+    (tmp_path / "b.array_record").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"b\.array_record: not an ArrayRecord file") as error:
+        open_source(f"array_record:{tmp_path}/*.array_record")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["in place", "moved over", "gone"])
+def test_a_file_overwritten_while_open(tmp_path, how):
+    for name in "abc":
+        written(tmp_path / f"{name}.array_record", f"{name}0", f"{name}1")
+    source = open_source(f"array_record:{tmp_path}/*.array_record")
+    assert source[0].key == "a0"
+    path = tmp_path / "b.array_record"
+    if how == "gone":
+        path.unlink()
+    else:
+        target = path if how == "in place" else tmp_path / "new"
+        written(target, "other", "records", "than before")
+        os.utime(target, ns=(1, 1))
+        os.replace(target, path)
+    for other in (source, pickle.loads(pickle.dumps(source))):
+        with pytest.raises(DataError, match=r"b\.array_record (was overwritten|cannot be read any more)") as error:
+            other[3]
+        assert not isinstance(error.value, BadExample)
+        assert (other[1].key, other[4].key) == ("a1", "c0")

@@ -1,0 +1,93 @@
+"""Shards by processes of this machine."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import tqdm
+
+from coca_jax.data.prepare import shards
+from coca_jax.data.prepare.plan import Plan
+from coca_jax.data.records import DataError
+
+_seen: Any = None  # in a worker: the number of records seen by all, shared
+
+
+def run(plan: Plan, bad: str, workers: int, progress: Callable[[int], None], dropped: Callable[[int], None]) -> None:
+    """Processes all shards; one worker, or a single shard, in this process.
+
+    Args:
+      plan: what to write.
+      bad: see shards.process.
+      workers: cores to use; processes, and threads of those where there are fewer shards.
+      progress: is told how many records have been seen since it was told last.
+      dropped: is told how many records were left out of each shard, and may raise to end it all.
+
+    Raises:
+      DataError: see shards.process; of several errors that of the first shard; or a worker was killed.
+    """
+    threads = max(1, workers // plan.shards)  # few shards and many cores
+    workers = min(workers, plan.shards)
+    if workers == 1:
+        for shard in range(plan.shards):
+            dropped(shards.process(plan, shard, bad, progress, threads))
+        return
+    # Spawned, not forked: libraries with threads of their own are loaded here.
+    context = multiprocessing.get_context("spawn")
+    seen = context.Value("q", 0)
+    told = 0
+    others = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (seen,))
+    try:
+        waiting = {pool.submit(_process, plan, shard, bad, threads): shard for shard in range(plan.shards)}
+        while waiting:
+            done, _ = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_COMPLETED)
+            for future in sorted(done, key=waiting.__getitem__):
+                del waiting[future]
+                dropped(future.result())
+            if news := seen.value - told:
+                told += news
+                progress(news)
+    except KeyboardInterrupt:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # what it leaves half-written has a temporary name
+        raise
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process was killed, perhaps for want of memory: run the same command again, with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _process(plan: Plan, shard: int, bad: str, threads: int) -> int:
+    def progress(records: int) -> None:
+        with _seen.get_lock():
+            _seen.value += records
+
+    return shards.process(plan, shard, bad, progress, threads)
+
+
+def _start(seen: Any) -> None:
+    global _seen
+    _seen = seen
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one acts
+    # tqdm's own lock is a semaphore of the system, which a process that is ended would leave there.
+    tqdm.tqdm.set_lock(threading.RLock())
+    # A worker whose parent was killed would wait for work forever.
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,139 @@
+"""What a source is, and the specification `kind:location?option=value` that opens one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import re
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, SupportsIndex
+
+from etils import epath
+
+from coca_jax.data.records import DataError, Record
+
+# Of one picture or one text beside it. More is no web picture, and a few of them at once would fill a host's memory.
+MAX_BYTES = 256 << 20
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+# Columns and fields that are looked for, in this order, where no option names one.
+IMAGE_NAMES = ("image", "file_name", "filename", "file", "image_path", "path", "filepath", "img", "jpg", "png", "url")
+CAPTION_NAMES = ("caption", "captions", "text", "texts", "txt", "title", "alt_text")
+LABEL_NAMES = ("label", "class", "class_name", "category", "cls")
+
+
+class Source(Protocol):
+    """What the pipeline reads: a sequence of records with any of them at hand.
+
+    A source is sent to worker processes: what cannot travel (an open file) is opened again there. Reading a record
+    raises BadExample where that record alone cannot be used, and DataError where the source as a whole is not to be
+    trusted any more.
+
+    Attributes:
+      name: the specification it was opened by.
+      tokenizer_path: a SentencePiece model that comes with the data; None where there is none.
+      attribution: authors and licences of the pictures, for whoever shows them; empty where unknown.
+      class_names: what captions call each label, one name or more; None where a label is its own name.
+    """
+
+    name: str
+    tokenizer_path: epath.Path | None
+    attribution: str
+    class_names: Mapping[str, Sequence[str]] | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: SupportsIndex) -> Record: ...
+
+    def fingerprint(self) -> str:
+        """Changes when the data do: a run must not resume on other records."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A specification taken apart.
+
+    Attributes:
+      text: all of it, for messages.
+      kind: what stands before the colon.
+      location: what stands between the colon and the options, as it was written: wildcards may be in it.
+      options: values by name, percent-encoding undone; a name may be given several times.
+    """
+
+    text: str
+    kind: str
+    location: str
+    options: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """Takes `kind:location?option=value&option=value` apart.
+
+        Options begin at the first `?` that a name and a `=` follow, since `?` is a wildcard too. In values `%26` stands
+        for `&` and `%25` for `%`; a `+` is a plus.
+        """
+        kind, _, rest = text.partition(":")
+        location, options = rest, ""
+        if found := re.search(r"\?(?=[A-Za-z_]+=)", rest):
+            location, options = rest[: found.start()], rest[found.end() :]
+        values: dict[str, tuple[str, ...]] = {}
+        for option in options.split("&") if options else []:
+            name, equals, value = option.partition("=")
+            if not equals or not name or not value:
+                raise DataError(
+                    f"source {text!r}: {option!r} is no option: write name=value, and %26 for a & in a value"
+                )
+            values[name] = (*values.get(name, ()), urllib.parse.unquote(value))
+        return cls(text, kind, location, values)
+
+    def check(self, known: Iterable[str], repeatable: Iterable[str] = ()) -> None:
+        """Raises DataError where an option is not among those known, or is given twice and may not be."""
+        known = tuple(known)
+        for name, values in self.options.items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                meant = f"did you mean {close[0]}? " if close else ""
+                has = f"{self.kind} has {', '.join(known)}" if known else f"{self.kind} has no options"
+                raise DataError(f"source {self.text!r}: no option {name!r}; {meant}{has}")
+            if len(values) > 1 and name not in repeatable:
+                raise DataError(f"source {self.text!r}: option {name!r} is given {len(values)} times: give it once")
+
+    def get(self, name: str) -> str:
+        """The value of an option that is given once or not at all; then it is empty."""
+        return self.options.get(name, ("",))[0]
+
+    def fields(self, name: str) -> tuple[str, ...]:
+        """The value of an option as the names that commas separate in it."""
+        return tuple(field for field in self.get(name).split(",") if field)
+
+
+def choose(spec: Spec, option: str, there: Sequence[str], usual: Sequence[str], where: str) -> str:
+    """The column that an option names, else the first usual name that is there (in any case), else an empty string."""
+    if wanted := spec.get(option):
+        if wanted not in there:
+            raise DataError(f"{where}: no {wanted!r} for ?{option}=; there are {', '.join(there)}")
+        return wanted
+    lower = {name.lower(): name for name in reversed(there)}
+    return next((lower[name] for name in usual if name in lower), "")
+
+
+def digest(parts: Iterable[object]) -> str:
+    """16 hexadecimal digits of the parts' texts, for fingerprints."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(f"{part}\n".encode(errors="surrogateescape"))
+    return found.hexdigest()[:16]
+
+
+def texts(value: object) -> tuple[str, ...]:
+    """The captions in a value that a text or a list of texts was expected in; whatever else it holds is left out."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(text for text in values if isinstance(text, str) and text.strip())
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,41 @@
+"""The built-in set of emoji as a source."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+import os
+
+from etils import epath
+
+from coca_jax.data import emoji
+from coca_jax.data.records import DataError
+from coca_jax.data.sources.array_record import ArrayRecords
+from coca_jax.data.sources.base import Spec
+
+
+def open_emoji(spec: Spec) -> ArrayRecords:
+    """See `open_source`."""
+    spec.check(("template", "templates"), ("template",))
+    manifest = emoji.prepare()
+    folder = epath.Path(emoji.default_folder())
+    if spec.location not in manifest["splits"]:
+        raise DataError(f"emoji:{spec.location}: no such split; there are {', '.join(manifest['splits'])}")
+    part = manifest["splits"][spec.location]
+    file = os.fspath(folder / part["file"])
+    return ArrayRecords(
+        spec.text,
+        [(file, part["start"], part["stop"])],
+        folder / emoji.TOKENIZER,
+        manifest["attribution"],
+        class_names(),
+        manifest["files"][part["file"]]["sha256"],
+    )
+
+
+@functools.cache
+def class_names() -> dict[str, list[str]]:
+    """What captions call each of Unicode's subcategories."""
+    text = importlib.resources.files("coca_jax.data").joinpath("emoji_classes.json").read_text(encoding="utf-8")
+    return json.loads(text)["class_names"]

@@ -1,0 +1,309 @@
+"""Files by pattern and by range, on a disk or in a bucket.
+
+Buckets are read through fsspec: gs:// needs `pip install 'coca_jax[gcs]'`, s3:// `pip install 'coca_jax[s3]'`.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import glob
+import itertools
+import os
+import re
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import fsspec
+import tqdm
+
+from coca_jax.data.records import BadExample, DataError
+from coca_jax.data.sources.base import MAX_BYTES, one_line
+
+_THREADS = 32  # that ask a store for sizes: each mostly waits
+_MAX_EXPANDED = 10_000_000
+# What tells one version of an object in a store from the next, best first; stores differ in what they say.
+_VERSIONS = ("generation", "ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file as it was when it was looked at.
+
+    Attributes:
+      path: on a disk, or with the store's protocol (gs://bucket/file).
+      size: bytes.
+      version: nanoseconds of the last change on a disk; generation, ETag or time in a store; empty where it says none.
+    """
+
+    path: str
+    size: int
+    version: str
+
+    @property
+    def name(self) -> str:
+        return self.path.rstrip("/").rpartition("/")[2]
+
+
+def is_remote(path: str) -> bool:
+    """Whether fsspec reads it and not the operating system."""
+    return "://" in path
+
+
+def store(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a remote path, and the path in it."""
+    try:
+        return fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        raise DataError(f"{path}: {one_line(error)}; pip install 'coca_jax[gcs]' or 'coca_jax[s3]'") from error
+    except ValueError as error:
+        raise DataError(f"{path}: {one_line(error)}; write gs://, s3:// or a path on a disk") from error
+
+
+def look(path: str) -> File:
+    """The file as it is now. Raises FileNotFoundError or another OSError."""
+    if not is_remote(path):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise FileNotFoundError(f"{path} is not a file")
+        return File(path, found.st_size, str(found.st_mtime_ns))
+    system, inside = store(path)
+    return _described(path, system.info(inside))
+
+
+def _described(path: str, info: dict[str, Any]) -> File:
+    if info.get("type") == "directory":
+        raise FileNotFoundError(f"{path} is a folder")
+    version = next((info[key] for key in _VERSIONS if info.get(key)), "")
+    if isinstance(version, datetime.datetime):  # some stores list the seconds and tell the date of a single object
+        version = version.timestamp()
+    return File(path, int(info["size"]), str(version))
+
+
+def forget_listings(path: str) -> None:
+    """What a store listed before may have changed: asks it anew."""
+    if is_remote(path):
+        store(path)[0].invalidate_cache()
+
+
+def braces(pattern: str) -> Iterator[str]:
+    """Expands {00000..00099} and {a,b}, as a shell does; other braces stay as they are."""
+    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if not found:
+        yield pattern
+        return
+    first, last, names = found.groups()
+    if names is not None:
+        middles: Iterable[str] = names.split(",")
+    else:
+        if abs(int(last) - int(first)) >= _MAX_EXPANDED:
+            raise DataError(f"{pattern}: {found[0]} are more than {_MAX_EXPANDED} files; is a digit too many?")
+        # As in a shell, zeros in front make all numbers as wide.
+        padded = any(len(n) > 1 and n.startswith("0") for n in (first, last))
+        width = max(len(first), len(last)) if padded else 0
+        step = 1 if int(first) <= int(last) else -1
+        middles = (f"{n:0{width}d}" for n in range(int(first), int(last) + step, step))
+    rests = list(braces(pattern[found.end() :]))
+    for middle, rest in itertools.product(middles, rests):
+        yield pattern[: found.start()] + middle + rest
+
+
+def patterns(location: str) -> list[str]:
+    """A comma list of patterns, taken apart at the commas outside of braces, with their braces expanded."""
+    parts = re.findall(r"(?:\{[^{}]*\}|[^,])+", location)
+    return [name for part in parts for name in braces(part.strip()) if name]
+
+
+def expand(location: str, where: str, skip: Callable[[str], bool] = lambda name: False) -> list[File]:
+    """The files that a location names: a comma list of paths with {0..9} and {a,b} expanded, and wildcards * ? [ ].
+
+    Args:
+      location: those of a wildcard come in the order of their names, all else in the order in which it is written.
+      where: the source's name, for messages.
+      skip: names of files that a wildcard finds and that are not meant.
+
+    Raises:
+      DataError: a pattern that no file matches, or a named file that is missing, or is there twice.
+    """
+    wanted = patterns(location)
+    for protocol in {pattern.partition("://")[0] + "://" for pattern in wanted if is_remote(pattern)}:
+        forget_listings(next(pattern for pattern in wanted if pattern.startswith(protocol)))
+    if not wanted:
+        raise DataError(f"{where}: no file is named; name files that exist, e.g. in config.data.train")
+    found: list[File] = []
+    plain = [pattern for pattern in wanted if not glob.has_magic(pattern) or _exists(pattern)]
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(_THREADS))
+        named = dict(zip(plain, pool.map(_look_or_none, plain), strict=True))
+    for pattern in wanted:
+        file = named.get(pattern)
+        matches = [] if pattern in named else [match for match in _matches(pattern, where) if not skip(match.name)]
+        if not file and not matches:
+            which = "" if pattern == location else f" {pattern}"
+            folder = not is_remote(pattern) and os.path.isdir(pattern)
+            fix = f"it is a folder: write {pattern.rstrip('/')}/*" if folder else "name files that exist"
+            raise DataError(f"{where}: no file matches{which}; {fix}, e.g. in config.data.train")
+        found += [file] if file else matches
+    twice = [path for path, count in collections.Counter(file.path for file in found).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{where}: {twice[0]} is there {'twice' if len(twice) == 1 else 'more than once'}: name it once"
+        )
+    return found
+
+
+def _exists(pattern: str) -> bool:
+    return not is_remote(pattern) and os.path.isfile(pattern)  # a real file may have a [ in its name
+
+
+def _look_or_none(path: str) -> File | None:
+    try:
+        return look(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except DataError:
+        raise
+    except Exception as error:  # whatever a store's library raises, e.g. for want of a permission
+        raise DataError(f"{path} cannot be looked at: {one_line(error)}") from error
+
+
+def _matches(pattern: str, where: str) -> list[File]:
+    try:
+        if is_remote(pattern):
+            system, inside = store(pattern)
+            infos = system.glob(inside, detail=True)
+            files = {system.unstrip_protocol(path): info for path, info in infos.items()}
+            return [_described(path, info) for path, info in sorted(files.items()) if info.get("type") != "directory"]
+        return [look(path) for path in sorted(glob.glob(pattern)) if os.path.isfile(path)]
+    except DataError:
+        raise
+    except Exception as error:  # whatever a store's library raises, e.g. for want of a permission
+        raise DataError(f"{where}: {pattern} cannot be listed: {one_line(error)}") from error
+
+
+def read(path: str, limit: int = MAX_BYTES) -> bytes:
+    """All bytes of a small file. Raises OSError; BadExample where it is larger than the limit."""
+    size = look(path).size  # a pipe or a device is no file: opening one could hang
+    if size > limit:
+        raise BadExample("unreadable", f"{path}: {size} bytes, more than the {limit} that one picture may have")
+    if is_remote(path):
+        system, inside = store(path)
+        return system.cat_file(inside)
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
+def read_settings(path: str, where: str) -> str:
+    """The text of a file that an option names. Raises DataError."""
+    try:
+        return read(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: {path} is not UTF-8: {one_line(error)}; save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{where}: {path} cannot be read: {one_line(error)}") from error
+
+
+def inside(root: str, relative: str, where: str, *, links: bool = True) -> str:
+    """The path of a file under a folder, which names that came with data must not leave.
+
+    Args:
+      root: folder on a disk or in a store.
+      relative: the path as the data give it.
+      where: file and line that it comes from.
+      links: follow symbolic links to see where they lead, which asks the disk.
+
+    Raises:
+      DataError: it is absolute, has `..` in it, or a symbolic link leads out of the folder.
+    """
+    parts = re.split(r"[/\\]" if os.sep == "\\" else "/", relative)
+    if "://" in relative:
+        raise DataError(
+            f"{where}: {relative[:200]!r} is an address: download the pictures first, e.g. with img2dataset"
+        )
+    if relative.startswith(("/", "~")) or os.path.isabs(relative) or ".." in parts or "\0" in relative:
+        raise DataError(f"{where}: {relative[:200]!r} leaves the folder {root}: write paths relative to it, without ..")
+    path = f"{root.rstrip('/')}/{relative}" if root != "/" else f"/{relative}"
+    if links and not is_remote(path):
+        real, top = os.path.realpath(path), os.path.realpath(root)
+        if os.path.commonpath([real, top]) != top:
+            raise DataError(
+                f"{where}: {relative[:200]!r} is a link that leaves the folder {root}: copy the file into it"
+            )
+    return path
+
+
+class _Handle:
+    """A descriptor that is closed when nobody holds it any more: threads may still read what the cache let go."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.found = os.fstat(self.descriptor)
+
+    # `close` is bound here: at the end of a process the module `os` may be gone before the last descriptor.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if hasattr(self, "descriptor"):
+            close(self.descriptor)
+
+
+class Handles:
+    """The local files opened last, for reading at any place from several threads.
+
+    Args:
+      size: files kept open.
+    """
+
+    def __init__(self, size: int):
+        self._size = size
+        self._lock = threading.Lock()
+        self._open: collections.OrderedDict[str, _Handle] = collections.OrderedDict()
+
+    def read(self, path: str, start: int, length: int, unchanged: tuple[int, str] | None = None) -> bytes:
+        """Up to `length` bytes from `start` on.
+
+        Args:
+          path: on a disk.
+          start: of the first byte.
+          length: fewer come back where the file ends before.
+          unchanged: the size and version (see File) that the file must still have.
+
+        Raises:
+          OSError: the file cannot be read.
+          DataError: it is not `unchanged`.
+        """
+        now = os.stat(path)
+        with self._lock:
+            handle = self._open.get(path)
+            if handle is None or not os.path.samestat(handle.found, now):  # another file was moved over it
+                handle = self._open[path] = _Handle(path)
+                now = handle.found
+                if len(self._open) > self._size:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(path)
+        if unchanged is not None and (now.st_size, str(now.st_mtime_ns)) != unchanged:
+            raise DataError(overwritten(path))
+        parts = []
+        while length and (part := os.pread(handle.descriptor, length, start)):  # it returns less than asked past 2 GiB
+            parts.append(part)
+            start, length = start + len(part), length - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+# Of all sources of a process: many systems let it open 1,024 files.
+HANDLES = Handles(256)
+
+
+def overwritten(path: str) -> str:
+    """What is said of a file that is no longer what it was when the source was opened."""
+    return f"{path} was overwritten after it was opened: start the run again, with files that stay as they are"
+
+
+def each(function: Callable[[Any], Any], items: Sequence[Any], what: str, unit: str) -> list[Any]:
+    """The function of every item, in threads that mostly wait, with a progress bar where there are many."""
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        results = pool.map(function, items)
+        return list(tqdm.tqdm(results, what, len(items), unit=f" {unit}", disable=len(items) < 100, leave=False))
