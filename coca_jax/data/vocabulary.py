@@ -132,16 +132,16 @@ class HuggingFace:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        found = {
-            what: next((i for n in names if (i := self._tokenizer.token_to_id(n)) is not None), None)
-            for what, names in _CONTROL.items()
-        }
-        for what in ("bos", "eos"):
-            if found[what] is None:
-                raise DataError(f"{name}: has no token for {what}: none of {', '.join(_CONTROL[what])}")
+        found: dict[str, int] = {}
+        for what, names in _CONTROL.items():
+            ids = [number for n in names if (number := self._tokenizer.token_to_id(n)) is not None]
+            if ids:
+                found[what] = ids[0]
+            elif what != "pad":
+                raise DataError(f"{name}: has no token for {what}: none of {', '.join(names)}")
         self.bos_id, self.eos_id = found["bos"], found["eos"]
         padding = described.get("padding") or {}
-        self.pad_id = found["pad"] if found["pad"] is not None else padding.get("pad_id", self.eos_id)
+        self.pad_id = found["pad"] if "pad" in found else int(padding.get("pad_id", self.eos_id))
         self._control = {self.pad_id, self.bos_id, self.eos_id}
         self._control |= {t["id"] for t in described.get("added_tokens") or () if t.get("special")}
         normalizer = described.get("normalizer") or {}
