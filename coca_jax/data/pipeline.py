@@ -84,12 +84,12 @@ class _Read:
             return blank | {"problem": np.int8(0)}
         try:
             record = self._record(index)
-            pixels = images.decode(record.image, self.data.background, self.image_size)
+            pixels = images.decode_and_fit(record.image, self.image_size, self.data.eval_crop, self.data.background)
         except BadExample as error:
             return blank | {"problem": np.int8(_code(error))}
         caption = next((caption for caption in record.captions if caption.strip()), None)
         return {
-            "images": images.fit(pixels, self.image_size, self.data.eval_crop),
+            "images": pixels,
             "tokens": blank["tokens"] if caption is None else self.tokenizer.encode(caption, self.length),
             "problem": np.int8(0),
         }

@@ -85,7 +85,7 @@ def _pictures(
         with contextlib.suppress(BadExample):
             record = source[row]
             if useful(record):
-                pictures.append(images.fit(images.decode(record.image, background, size), size))
+                pictures.append(images.decode_and_fit(record.image, size, background=background))
                 captions.append(record.captions)
         bar.update()
     return captions, np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
