@@ -92,11 +92,11 @@ def measure(
                 with contextlib.suppress(BrokenPipeError), child.stdin:
                     json.dump(order, child.stdin)
                 while child.poll() is None:
-                    if time.monotonic() - started > timeout:
-                        seconds = time.monotonic() - started
+                    seconds = time.monotonic() - started
+                    if seconds > timeout:
                         return Measured(compile_seconds=seconds, error=f"not compiled in {timeout:.0f} s (--timeout)")
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        child.wait(1.0)
+                        child.wait(min(1.0, timeout - seconds + 0.001))
                     tick()
             finally:
                 child.kill()

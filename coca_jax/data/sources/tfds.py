@@ -70,6 +70,8 @@ class Tfds:
             if isinstance(value, bytes):
                 label = value.decode("utf-8", "replace")
             elif value is not None and int(value) >= 0:  # -1 where the set hides it
+                if self._labels and int(value) >= len(self._labels):
+                    raise BadExample("unreadable", f"{where}: its class {int(value)} is not one of {len(self._labels)}")
                 label = self._labels[int(value)] if self._labels else str(int(value))
         return Record(f"{number}", image, tuple(text for text in captions if text.strip()), label)
 

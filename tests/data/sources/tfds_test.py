@@ -9,8 +9,13 @@ import shutil
 
 import pytest
 
+from coca_jax import config
+from coca_jax.data import pipeline
+from coca_jax.data.mixture import open_mixture
 from coca_jax.data.records import BadExample, DataError
 from coca_jax.data.sources import open_source
+from coca_jax.data.tokenizer import Tokenizer
+from tests.data.sources import tfds_sets
 from tests.data.sources.tfds_sets import NAMES, picture
 
 
@@ -149,3 +154,21 @@ def test_a_damaged_record_is_one_bad_example(tfds_folder, tmp_path):
             assert error.reason == "unreadable" and f"record {i}" in str(error)
             bad.append(i)
     assert bad
+
+
+@pytest.mark.slow
+def test_the_built_in_set_as_a_set_of_tfds(emoji_cache, tmp_path, run_python):
+    run_python(tfds_sets.build_emoji, devices=1, env={"TFDS_FOLDER": str(tmp_path), "COCA_JAX_CACHE": str(emoji_cache)})
+    source, wanted = open_source(f"tfds:emoji_concepts?split=test&data_dir={tmp_path}"), open_source("emoji:concepts")
+    assert len(source) == len(wanted) > 300
+    found = sorted((r.image, r.captions, r.label) for r in (source[i] for i in range(len(source))))
+    assert found == sorted((r.image, r.captions, r.label or "none") for r in (wanted[i] for i in range(len(wanted))))
+    # As it is trained on: mixed, decoded, cropped.
+    mixture = open_mixture(f"0.5 * {source.name} + 0.5 * emoji:seen")
+    tokenizer = Tokenizer(wanted.tokenizer_path)
+    options = {"image_size": 32, "length": 20, "batch_size": 16, "seed": 0}
+    iterator = iter(pipeline.train_loader(mixture, tokenizer, config.Data(threads=2), **options))
+    batches = [next(iterator) for _ in range(4)]
+    iterator.close()
+    owners = [mixture.locate(int(i))[0] for batch in batches for i in batch["index"]]
+    assert abs(sum(owners) - 32) <= 2 and not any(batch["problem"].any() for batch in batches)
