@@ -32,9 +32,7 @@ class Pretrained:
 
     def __init__(self, c: config.Config, params: states.Parameters, tokenizer: Tokenizer, step: int) -> None:
         self.config, self.params, self.tokenizer, self.step = c, params, tokenizer, step
-        self.preprocessor = Preprocessor(
-            c.model.image.size, c.data.mean, c.data.std, c.data.background, c.data.eval_crop
-        )
+        self.preprocessor = Preprocessor.from_config(c.model.image.size, c.data)
         mesh = sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])
         self._apply = Apply(c, mesh, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
 

@@ -86,7 +86,7 @@ def _run(
         )
     source = open_mixture(c.data.train)
     tokenizer = _tokenizer(c, source)
-    loop.check_tokenizer(c, tokenizer)
+    tokenizer.check(c.model.text)
     held_out = {spec: sources.open_source(spec) for spec in (*c.evaluate.splits, c.evaluate.zero_shot) if spec}
     leaves = jax.tree_util.tree_leaves_with_path(dataclasses.asdict(c))
     distributed.check_same(

@@ -35,7 +35,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "apply": ("config", "sharding", "data", "model", "losses", "generate"),
     "evaluate": ("config", "data", "generate"),
     "train": ("config", "sharding", "chips", "data", "model", "losses"),
-    "interop": ("config", "model", "train.state"),
+    "interop": ("config", "data", "model", "train.state"),
     "plan": ("config", "commandline", "compiler", "chips", "sharding", "model", "train"),
     "run": ("config", "sharding", "distributed", "data", "apply", "evaluate", "train", "train.loop"),
     "main": ("config", "commandline", "compiler", "run"),

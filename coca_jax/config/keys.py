@@ -136,6 +136,9 @@ class Data:
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # and aspect ratio
     flip: bool = False  # off: captions name sides
     eval_crop: float = 1.0  # evaluation: share of the shorter side that the middle square keeps
+    # bicubic: antialiased, fast, JPEG decoded at the detail needed | pillow-bicubic, pillow-bilinear: every pixel as
+    # Pillow and torchvision have it, for models from elsewhere; two to three times slower.
+    interpolation: str = "bicubic"
     color_jitter: float = 0.0  # brightness, contrast, saturation: up to this share
     hue_jitter: float = 0.0  # hue, share of the colour circle
     grayscale: float = 0.0  # probability

@@ -35,6 +35,7 @@ CHOICES = {
     "optimizer.name": ("adafactor", "adamw", "muon"),
     "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"),
     "optimizer.state_dtype": ("float32", "bfloat16"),
+    "data.interpolation": ("bicubic", "pillow-bicubic", "pillow-bilinear"),
 }
 POSITIVE = (
     *("steps", "batch_size", "microbatches", "log_every", "model.embed_dim", "model.temperature", "model.norm_eps"),

@@ -84,7 +84,7 @@ class _Read:
             return blank | {"problem": np.int8(0)}
         try:
             record = self._record(index)
-            pixels = images.decode_and_fit(record.image, self.image_size, self.data.eval_crop, self.data.background)
+            pixels = images.Preprocessor.from_config(self.image_size, self.data).pixels([record.image])[0]
         except BadExample as error:
             return blank | {"problem": np.int8(_code(error))}
         caption = next((caption for caption in record.captions if caption.strip()), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import io
 import os
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from coca_jax import config
 from coca_jax.data import vocabulary
 from coca_jax.data.records import DataError
 
@@ -43,6 +45,7 @@ class Tokenizer:
         self.bos_id: int = self._vocabulary.bos_id
         self.eos_id: int = self._vocabulary.eos_id
         self.normalization: str = self._vocabulary.normalization
+        self.file_name: str = self._vocabulary.file_name
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
         return Tokenizer, (self._model,)  # how worker processes get it
@@ -87,6 +90,18 @@ class Tokenizer:
                 pieces.append(token)
         return self._vocabulary.decode(pieces)
 
+    def check(self, text: config.TextDecoder) -> None:
+        """Raises ConfigError where the ids do not fit a text decoder."""
+        if self.vocab_size > text.vocab_size:
+            raise config.ConfigError(
+                f"config.model.text.vocab_size={text.vocab_size} is too small for the tokenizer's {self.vocab_size} "
+                "pieces: raise it to that or more"
+            )
+        if self.pad_id != text.pad_id:
+            raise config.ConfigError(
+                f"config.model.text.pad_id={text.pad_id}, but the tokenizer pads with {self.pad_id}: set it to that"
+            )
+
     def to_bytes(self) -> bytes:
         """The model file's content; `Tokenizer(these bytes)` is the same tokenizer."""
         return self._model
@@ -94,6 +109,15 @@ class Tokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model file."""
         epath.Path(path).write_bytes(self._model)
+
+    @classmethod
+    def clip(cls) -> Tokenizer:
+        """The vocabulary of CLIP and of open_clip's published CoCa, which comes with this package (MIT licence).
+
+        Raises:
+          DataError: the packages that read it are not installed: `pip install "coca_jax[bpe]"`.
+        """
+        return cls(importlib.resources.files("coca_jax.data").joinpath(vocabulary.ClipMerges.file_name).read_bytes())
 
     @classmethod
     def train(

@@ -28,6 +28,7 @@ class Vocabulary(Protocol):
       size: ids are 0 .. size - 1.
       pad_id, bos_id, eos_id: of padding, beginning and end.
       normalization: what is done to a text before it is cut into pieces, for people.
+      file_name: that other people's tools look for.
     """
 
     size: int
@@ -35,6 +36,7 @@ class Vocabulary(Protocol):
     bos_id: int
     eos_id: int
     normalization: str
+    file_name: str
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -66,6 +68,8 @@ def read(content: bytes, name: str) -> Vocabulary:
 
 class SentencePiece:
     """A SentencePiece model, with the control ids that it was trained with."""
+
+    file_name = "tokenizer.model"
 
     def __init__(self, content: bytes, name: str):
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -120,6 +124,8 @@ _CONTROL = {
 class HuggingFace:
     """A `tokenizer.json` of the tokenizers library. Special tokens in a text are text."""
 
+    file_name = "tokenizer.json"
+
     def __init__(self, content: bytes, name: str):
         library = _need("tokenizers", name)
         try:
@@ -167,6 +173,7 @@ class ClipMerges:
     also the piece "!". `<start_of_text>` in a text is text.
     """
 
+    file_name = "bpe_simple_vocab_16e6.txt.gz"
     _MERGES = 49152 - 256 - 2  # of the file's, which holds more
     _LARGEST = 1 << 24  # bytes, unpacked; the file's are 3 million
     _SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

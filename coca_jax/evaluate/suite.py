@@ -356,7 +356,7 @@ def _captions(
 ) -> list[Caption]:
     # Few: every process reads them all.
     records, data = [source[row] for row in rows], config.data
-    preprocessor = Preprocessor(config.model.image.size, data.mean, data.std, data.background, data.eval_crop)
+    preprocessor = Preprocessor.from_config(config.model.image.size, data)
     images = preprocessor.pixels(record.image for record in records)
     texts = captioning.captions(generate, images, tokenizer, config.evaluate.batch_size)
     captions = []

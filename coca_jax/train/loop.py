@@ -19,7 +19,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from coca_jax import config
-from coca_jax.config import ConfigError
 from coca_jax.data import pipeline
 from coca_jax.data import tally as tallies
 from coca_jax.data.mixture import Mixture, Schedule
@@ -77,7 +76,7 @@ def train(
       NotFinite: the loss is not a number any more; nothing is saved from then on.
       Stopped: on SIGTERM or SIGINT, after saving.
     """
-    check_tokenizer(c, tokenizer)
+    tokenizer.check(c.model.text)
     identity = pipeline.position_key(mixture, seed=c.seed)
     optimizer = optimizers.make_optimizer(c.optimizer, c.steps, states.abstract_parameters(c))
 
@@ -184,20 +183,6 @@ def _batches(
         start=position,
     )
     return pipeline.place(loader, place, c.batch_size, c.data.prefetch)
-
-
-def check_tokenizer(c: config.Config, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where the ids of the tokenizer do not fit the model."""
-    text = c.model.text
-    if tokenizer.vocab_size > text.vocab_size:
-        raise ConfigError(
-            f"config.model.text.vocab_size={text.vocab_size} is too small for the tokenizer's {tokenizer.vocab_size} "
-            "pieces: raise it to that or more"
-        )
-    if tokenizer.pad_id != text.pad_id:
-        raise ConfigError(
-            f"config.model.text.pad_id={text.pad_id}, but the tokenizer pads with {tokenizer.pad_id}: set it to that"
-        )
 
 
 @contextmanager

@@ -75,13 +75,13 @@ def _augment(
     data: config.Data,
 ) -> np.ndarray:
     """`pixels(factor)` gives the picture, and by how much it is reduced: by 1 or `factor`."""
-    region = geometry.align(_crop_box(width, height, rng, data), width, height, size)
+    region = geometry.align(_crop_box(width, height, rng, data), width, height, size, data.interpolation)
     angle = rng.uniform(-data.rotate, data.rotate) if data.rotate else 0.0
     image, reduced = pixels(region.factor)
     if angle:
         image = _rotated_crop(image, region, reduced, size, angle, data.background)
     else:
-        image = geometry.resize(geometry.cut(image, region, reduced), size, size)
+        image = geometry.resize(geometry.cut(image, region, reduced), size, size, data.interpolation)
     if data.flip and rng.random() < 0.5:
         image = cv2.flip(image, 1)
     matrix = _color_matrix(image, rng, data)

@@ -12,11 +12,15 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import PIL.Image
 
 # The threads of the pipeline decode one picture each; OpenCV's own would only fight them.
 cv2.setNumThreads(0)
 
 MAX_FACTOR = 8  # libjpeg reduces no further
+
+FAST = "bicubic"  # the interpolation of which this file is about; the others are Pillow's
+_PILLOW = {"pillow-bicubic": PIL.Image.Resampling.BICUBIC, "pillow-bilinear": PIL.Image.Resampling.BILINEAR}
 
 
 class Region(NamedTuple):
@@ -37,9 +41,9 @@ def reduction(side: float, size: int) -> int:
     return factor
 
 
-def align(box: tuple[int, int, int, int], width: int, height: int, size: int) -> Region:
+def align(box: tuple[int, int, int, int], width: int, height: int, size: int, interpolation: str = FAST) -> Region:
     """The box (left, top, width, height; pixels) of a picture of width x height, on the cells that `size` allows."""
-    factor = reduction(min(box[2:]), size)
+    factor = reduction(min(box[2:]), size) if interpolation == FAST else 1
     columns, rows = width // factor, height // factor
     w, h = min(columns, round(box[2] / factor)), min(rows, round(box[3] / factor))
     return Region(min(columns - w, round(box[0] / factor)), min(rows - h, round(box[1] / factor)), w, h, factor)
@@ -66,8 +70,8 @@ def trim(image: np.ndarray, factor: int) -> np.ndarray:
     return image[: h // factor * factor, : w // factor * factor]
 
 
-def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Antialiased resize of uint8 `[h, w, 3]` to `[height, width, 3]`.
+def resize(image: np.ndarray, width: int, height: int, interpolation: str = FAST) -> np.ndarray:
+    """Antialiased resize of uint8 `[h, w, 3]` to `[height, width, 3]`: Pillow's, or the fast one.
 
     Means over cells of 2, 4, 8, ... pixels a side where both sides shrink so much; then, where there is less than a
     factor of 2 to go (of 8/3 on the other side, if they shrink differently), a symmetric filter of three taps and
@@ -75,6 +79,8 @@ def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     third of the time (`docs/log.md`).
     """
     h, w = image.shape[:2]
+    if interpolation != FAST:
+        return np.asarray(PIL.Image.fromarray(image).resize((width, height), _PILLOW[interpolation]))
     factor = 1
     while w >= 2 * factor * width and h >= 2 * factor * height:
         factor *= 2
@@ -107,11 +113,21 @@ def _taps(shrink: float) -> np.ndarray:
     return np.array([a, 1 - 2 * a, a], np.float32)
 
 
-def fit(image: np.ndarray, size: int, crop: float = 1.0) -> np.ndarray:
+def fit(image: np.ndarray, size: int, crop: float = 1.0, interpolation: str = FAST) -> np.ndarray:
     """For evaluation: the square in the middle, of `crop` times the shorter side. uint8 `[size, size, 3]`.
 
     Random-resized crops show things larger than whole pictures do; a `crop` of 0.875 evens that out (Touvron et al.,
     2019, arXiv:1906.06423).
+
+    Pillow's interpolations go with torchvision's order and rounding: the whole picture is resized so that its shorter
+    side is `size / crop`, then the middle is cut out.
     """
+    if interpolation != FAST:
+        h, w = image.shape[:2]
+        short = round(size / crop)
+        width, height = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+        image = resize(image, width, height, interpolation)
+        left, top = round((width - size) / 2.0), round((height - size) / 2.0)
+        return np.ascontiguousarray(image[top : top + size, left : left + size])
     region = middle(image.shape[1], image.shape[0], size, crop)
     return resize(cut(image, region, 1), size, size)

@@ -11,21 +11,34 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
+from coca_jax import config
 from coca_jax.data.images import decoding, geometry
 from coca_jax.data.records import BadExample, DataError
 
 
 def decode_and_fit(
-    encoded: bytes, size: int, crop: float = 1.0, background: Sequence[int] = (255, 255, 255)
+    encoded: bytes,
+    size: int,
+    crop: float = 1.0,
+    background: Sequence[int] = (255, 255, 255),
+    interpolation: str = geometry.FAST,
 ) -> np.ndarray:
     """`fit` of an encoded picture, decoding no more detail than it keeps. Raises BadExample as `decode`."""
     picture = decoding.Encoded(encoded)
+    if interpolation != geometry.FAST:
+        return geometry.fit(picture.pixels(background, 1)[0], size, crop, interpolation)
     region = geometry.middle(picture.width, picture.height, size, crop)
     pixels, reduced = picture.pixels(background, region.factor)
     return geometry.resize(geometry.cut(pixels, region, reduced), size, size)
 
 
-def to_square(image: Any, size: int, crop: float = 1.0, background: Sequence[int] = (255, 255, 255)) -> np.ndarray:
+def to_square(
+    image: Any,
+    size: int,
+    crop: float = 1.0,
+    background: Sequence[int] = (255, 255, 255),
+    interpolation: str = geometry.FAST,
+) -> np.ndarray:
     """`fit` of a path, encoded bytes, a Pillow image, or pixels uint8 `[h, w, 3]` (or `[h, w]`: grey).
 
     Raises:
@@ -36,13 +49,13 @@ def to_square(image: Any, size: int, crop: float = 1.0, background: Sequence[int
         if not path.is_file():
             raise DataError(f"{path}: no such picture")
         try:
-            return decode_and_fit(path.read_bytes(), size, crop, background)
+            return decode_and_fit(path.read_bytes(), size, crop, background, interpolation)
         except BadExample as error:
             raise BadExample(error.reason, f"{path}: {error}") from error
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return decode_and_fit(bytes(image), size, crop, background)
+        return decode_and_fit(bytes(image), size, crop, background, interpolation)
     if isinstance(image, PIL.Image.Image):
-        return geometry.fit(decoding.from_pillow(image, background), size, crop)
+        return geometry.fit(decoding.from_pillow(image, background), size, crop, interpolation)
     pixels = np.asarray(image)
     if pixels.dtype == np.uint8 and pixels.ndim == 2:
         pixels = np.repeat(pixels[:, :, None], 3, axis=2)
@@ -51,7 +64,7 @@ def to_square(image: Any, size: int, crop: float = 1.0, background: Sequence[int
             f"{pixels.dtype} {list(pixels.shape)} is not a picture: "
             "give a path, bytes, a Pillow image, or uint8 [h, w, 3]"
         )
-    return geometry.fit(pixels, size, crop)
+    return geometry.fit(pixels, size, crop, interpolation)
 
 
 def normalize(images: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
@@ -79,6 +92,7 @@ class Preprocessor:
       mean, std: of each channel, values in 0..1.
       background: under transparent pixels, 0..255.
       crop: share of the shorter side that the square keeps.
+      interpolation: as config.data.interpolation.
     """
 
     size: int
@@ -86,6 +100,7 @@ class Preprocessor:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     background: tuple[int, int, int] = (255, 255, 255)
     crop: float = 1.0
+    interpolation: str = geometry.FAST
 
     def __call__(self, images: Iterable[Any]) -> np.ndarray:
         """Normalised float32 `[b, size, size, 3]`.
@@ -102,7 +117,7 @@ class Preprocessor:
 
     def pixels(self, images: Iterable[Any]) -> np.ndarray:
         """The same before normalising: uint8 `[b, size, size, 3]`."""
-        squares = [to_square(image, self.size, self.crop, self.background) for image in images]
+        squares = [to_square(image, self.size, self.crop, self.background, self.interpolation) for image in images]
         return np.stack(squares) if squares else np.zeros((0, self.size, self.size, 3), np.uint8)
 
     def to_json(self) -> dict[str, Any]:
@@ -113,4 +128,9 @@ class Preprocessor:
     def from_json(cls, values: dict[str, Any]) -> Preprocessor:
         """The inverse of `to_json`, after JSON has made lists of the tuples."""
         colors = {key: tuple(values[key]) for key in ("mean", "std", "background")}
-        return cls(int(values["size"]), **colors, crop=float(values["crop"]))
+        return cls(int(values["size"]), **colors, crop=float(values["crop"]), interpolation=values["interpolation"])
+
+    @classmethod
+    def from_config(cls, size: int, data: config.Data) -> Preprocessor:
+        """That of a run, for evaluation."""
+        return cls(size, data.mean, data.std, data.background, data.eval_crop, data.interpolation)
