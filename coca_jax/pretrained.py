@@ -15,6 +15,8 @@ from coca_jax import config, sharding
 from coca_jax.apply import Apply
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.tokenizer import Tokenizer
+from coca_jax.interop import exported, open_clip
+from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.model.image_encoder import resize_parameters
 from coca_jax.train import checkpoint
 from coca_jax.train import state as states
@@ -26,15 +28,17 @@ class Pretrained:
     Attributes:
       config: that it was trained with (with the image size that it was loaded for).
       params: nested dict; `CoCa(config.model).apply({"params": params}, ...)` takes them.
-      tokenizer, preprocessor: as in training.
+      tokenizer, preprocessor: as in training; the tokenizer is None where none came with the weights.
       step: of training that the parameters are from.
     """
 
-    def __init__(self, c: config.Config, params: states.Parameters, tokenizer: Tokenizer, step: int) -> None:
-        self.config, self.params, self.tokenizer, self.step = c, params, tokenizer, step
+    def __init__(self, weights: Weights) -> None:
+        c, self.tokenizer = weights.config, weights.tokenizer
+        self.config, self.params, self.step = c, weights.params, weights.step
         self.preprocessor = Preprocessor.from_config(c.model.image.size, c.data)
         mesh = sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])
-        self._apply = Apply(c, mesh, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+        ids = self.tokenizer
+        self._apply = Apply(c, mesh, bos_id=ids.bos_id if ids else -1, eos_id=ids.eos_id if ids else -1)
 
     def encode_image(self, images: Any, *, batch_size: int = 64) -> Float[np.ndarray, "b d"]:
         """Unit-length float32 features of pictures.
@@ -50,14 +54,15 @@ class Pretrained:
         """Unit-length float32 features of texts. `encode_image(...) @ encode_text(...).T` are the similarities."""
         self._needs(self._apply.has_contrastive, "lambda_con")
         texts = [texts] if isinstance(texts, str) else list(texts)
-        tokens = self.tokenizer.encode_batch(texts, self.config.model.text.length)
+        tokens = self._tokenizer().encode_batch(texts, self.config.model.text.length)
         return self._rows(self._apply.encode_text, tokens, batch_size)
 
     def caption(self, images: Any, *, batch_size: int = 64) -> list[str]:
         """A caption for each picture, decoded greedily. Pictures as in `encode_image`."""
         self._needs(self._apply.has_captioning, "lambda_cap")
+        tokenizer = self._tokenizer()
         pixels = self.preprocessor.pixels(_several(images))
-        return [self.tokenizer.decode(ids) for ids in self._rows(self._apply.caption, pixels, batch_size)]
+        return [tokenizer.decode(ids) for ids in self._rows(self._apply.caption, pixels, batch_size)]
 
     def _rows(self, function: Any, rows: np.ndarray, batch_size: int) -> np.ndarray:
         parts = []
@@ -75,33 +80,77 @@ class Pretrained:
         if not present:
             raise ValueError(f"this model was trained with config.loss.{weight}=0 and has no such half")
 
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this model came without its tokenizer: load it with tokenizer=PATH")
+        return self.tokenizer
 
-def load(workdir: epath.PathLike, *, step: int | None = None, image_size: int | None = None) -> Pretrained:
-    """Opens a trained model.
+
+def load(
+    path: epath.PathLike,
+    *,
+    step: int | None = None,
+    image_size: int | None = None,
+    tokenizer: epath.PathLike = "",
+    name: str = "",
+) -> Pretrained:
+    """Opens a trained model, whatever it was written by.
 
     Args:
-      workdir: of a run: config.json, tokenizer.model and checkpoints/.
-      step: which checkpoint; None for the newest.
+      path: a workdir (config.json, tokenizer.model, checkpoints/), a directory of `coca_jax.convert` (coca_jax.json,
+        model.safetensors), or open_clip's: a directory in the Hugging Face layout or a file of weights alone.
+      step: of a workdir, which checkpoint; None for the newest.
       image_size: another resolution than it was trained at, a multiple of the patch: learned positions are resized.
+      tokenizer: file of the vocabulary of open_clip weights that come without, or `none`.
+      name: open_clip's of the model where weights alone do not tell, e.g. coca_ViT-L-14.
 
     Raises:
-      CheckpointError: the folder is not a workdir, holds no such step, or does not fit its own configuration.
+      CheckpointError: a workdir holds no such step, or does not fit its own configuration.
+      ConversionError: the path holds no model, a part is missing or damaged, or the parts do not fit together.
       ConfigError: image_size is not a multiple of the patch.
     """
-    workdir = checkpoint.absolute(workdir)
-    c = checkpoint.read_config(workdir)
+    weights = read_weights(path, step=step, tokenizer=tokenizer, name=name)
     # The kernels belong to the machine that it was trained on; XLA computes the same function anywhere.
+    c, params = weights.config, weights.params
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention="xla"))
-    if not (workdir / checkpoint.TOKENIZER_FILE).exists():
-        raise checkpoint.CheckpointError(f"{workdir} has no {checkpoint.TOKENIZER_FILE}: copy it there from the run")
-    with checkpoint.Checkpoints(workdir) as checkpoints:
-        params, step = checkpoints.restore_parameters(states.abstract_parameters(c), step)
     if image_size is not None:
         image = dataclasses.replace(c.model.image, size=image_size)
         c = dataclasses.replace(c, model=dataclasses.replace(c.model, image=image))
         config.check_model(c.model)
         params = resize_parameters(params, c.model)
-    return Pretrained(c, params, Tokenizer(workdir / checkpoint.TOKENIZER_FILE), step)
+    return Pretrained(dataclasses.replace(weights, config=c, params=params))
+
+
+def read_weights(
+    path: epath.PathLike, *, step: int | None = None, tokenizer: epath.PathLike = "", name: str = ""
+) -> Weights:
+    """What `load` opens, as it was written. Arguments and errors as there."""
+    path = checkpoint.absolute(path)
+    is_ours = exported.is_exported(path)
+    if is_ours or (path / "checkpoints").is_dir():
+        given = {"tokenizer": tokenizer, "name": name} | ({"step": step} if is_ours else {})
+        for argument, value in given.items():
+            if value not in ("", None):
+                raise ConversionError(f"{argument}={value!r} says nothing of {path}, which holds its own: leave it out")
+        return exported.read(path) if is_ours else _read_workdir(path, step)
+    if step is not None:
+        raise ConversionError(f"step={step} is of workdirs, and {path} is none: leave it out")
+    if not path.exists():
+        raise ConversionError(f"{path}: no such file or directory")
+    if path.is_dir() and (path / checkpoint.CONFIG_FILE).exists() and (path / checkpoint.TOKENIZER_FILE).exists():
+        raise checkpoint.CheckpointError(f"{path} is a workdir without a checkpoint yet: train it first")
+    return open_clip.read(path, tokenizer=tokenizer, name=name)
+
+
+def _read_workdir(workdir: epath.Path, step: int | None) -> Weights:
+    c = checkpoint.read_config(workdir)
+    if not (workdir / checkpoint.TOKENIZER_FILE).exists():
+        raise checkpoint.CheckpointError(f"{workdir} has no {checkpoint.TOKENIZER_FILE}: copy it there from the run")
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        params, step = checkpoints.restore_parameters(states.abstract_parameters(c), step)
+    tokenizer = Tokenizer(workdir / checkpoint.TOKENIZER_FILE)
+    tokenizer.check(c.model.text)
+    return Weights(c, params, tokenizer, step)
 
 
 def _several(images: Any) -> Iterable[Any]:

@@ -39,6 +39,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "plan": ("config", "commandline", "compiler", "chips", "sharding", "model", "train"),
     "run": ("config", "sharding", "distributed", "data", "apply", "evaluate", "train", "train.loop"),
     "main": ("config", "commandline", "compiler", "run"),
+    "convert": ("config", "commandline", "compiler", "data", "interop", "train.checkpoint", "pretrained"),
     "pretrained": _BELOW_RUN,  # load()
     "__init__": (*_BELOW_RUN, "pretrained"),  # the public surface
     "configs": ("config",),  # the recipes, beside the package
@@ -222,6 +223,7 @@ _HEAVY = ["jax", "flax", "tensorflow", "torch", "tensorflow_datasets", "matplotl
     [
         ("coca_jax", _HEAVY),
         ("coca_jax.main", _HEAVY),  # `--help` answers at once
+        ("coca_jax.convert", _HEAVY),
         ("coca_jax.run", ["tensorflow", "torch", "tensorflow_datasets"]),
     ],
 )

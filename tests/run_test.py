@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import runpy
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 import coca_jax
 from coca_jax import config, run
 from coca_jax.config import ConfigError
+from coca_jax.interop.weights import ConversionError
 from coca_jax.model import flops
 from coca_jax.train import checkpoint
 from coca_jax.train.checkpoint import CheckpointError
@@ -123,11 +125,35 @@ def test_a_model_loads_at_another_resolution(workdir: pathlib.Path) -> None:
         coca_jax.load(workdir, image_size=30)
 
 
+def test_a_workdir_is_converted_and_computes_the_same(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, run_python: Callable[..., Any]
+) -> None:
+    done = run_python(["-m", "coca_jax.convert", f"--input={workdir}", f"--output={tmp_path}/out"], devices=1)
+    assert "step 6; tokenizer: 300 pieces (tokenizer.model)" in done.stdout and "model.safetensors" in done.stdout
+    before, after = coca_jax.load(workdir), coca_jax.load(tmp_path / "out")
+    assert (before.step, before.preprocessor) == (after.step, after.preprocessor)
+    picture, caption = pairs.picture("red", "dot"), "a red dot"
+    np.testing.assert_array_equal(before.encode_image(picture), after.encode_image(picture))
+    np.testing.assert_array_equal(before.encode_text(caption), after.encode_text(caption))
+    assert before.caption(picture) == after.caption(picture)
+    shutil.rmtree(tmp_path / "out")
+    # The older checkpoint, and one that is not there.
+    arguments = ["-m", "coca_jax.convert", f"--input={workdir}", f"--output={tmp_path}/out", "--step=77"]
+    failed = run_python(arguments, devices=1, check=False)
+    assert failed.returncode == 1 and "error: " in failed.stderr and "no checkpoint of step 77" in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_loaded_says_why(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(ConversionError, match=r"open_clip_config\.json"):
         coca_jax.load(tmp_path)
+    with pytest.raises(ConversionError, match="no such file or directory"):
+        coca_jax.load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="no checkpoint of step 77"):
         coca_jax.load(workdir, step=77)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        coca_jax.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
         coca_jax.load(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -39,6 +40,8 @@ class TrainState:
 
 def abstract_parameters(c: config.Config) -> Parameters:
     """Shapes of the parameters; those of a half whose loss weight is 0 do not exist."""
+    # No kernel is run: a GPU's or TPU's model can be looked at anywhere.
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention="xla"))
     image, text = c.model.image, c.model.text
     images = jax.ShapeDtypeStruct((1, image.size, image.size, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, text.length), jnp.int32)

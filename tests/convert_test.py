@@ -1,0 +1,46 @@
+"""What the command line of `coca_jax.convert` says. What it writes is tested in run_test.py and interop/."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from coca_jax import convert
+
+
+def test_help_says_what_there_is(run_python: Callable[..., Any]) -> None:
+    done = run_python(["-m", "coca_jax.convert", "--help"], devices=1)
+    for flag in ("--input", "--output", "--to", "--step", "--name", "--tokenizer", "overwrite"):
+        assert flag in done.stdout
+    assert "<coca_jax|open_clip|stablehlo|onnx>" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--input=PATH is needed"),
+        (["--input=a"], "--output=PATH is needed"),
+        (["--input={here}", "--output={here}/."], "is --input: name another folder"),
+        (["--input=a", "--output=b", "c"], "unknown argument 'c'"),
+        (["--input=a", "--output=b", "--to=torch"], "should be one of <coca_jax|open_clip|stablehlo|onnx>"),
+        (["--input=a", "--output=b", "--ouput=c"], "Unknown command line flag 'ouput'"),
+        (["--input={here}/nothing", "--output={here}/out"], "nothing: no such file or directory"),
+    ],
+)
+def test_wrong_arguments_get_one_line(
+    tmp_path: pathlib.Path, run_python: Callable[..., Any], arguments: list[str], message: str
+) -> None:
+    command = [argument.format(here=tmp_path) for argument in arguments]
+    done = run_python(["-m", "coca_jax.convert", *command], devices=1, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_every_format_has_a_writer() -> None:
+    for to in convert.FORMATS:
+        if to != "onnx":  # with its own test, where its packages are
+            assert callable(convert._writer(to))
