@@ -137,7 +137,7 @@ class Data:
     flip: bool = False  # off: captions name sides
     eval_crop: float = 1.0  # evaluation: share of the shorter side that the middle square keeps
     # bicubic: antialiased, fast, JPEG decoded at the detail needed | pillow-bicubic, pillow-bilinear: every pixel as
-    # Pillow and torchvision have it, for models from elsewhere; two to three times slower.
+    # Pillow and torchvision have it, for models from elsewhere; slower.
     interpolation: str = "bicubic"
     color_jitter: float = 0.0  # brightness, contrast, saturation: up to this share
     hue_jitter: float = 0.0  # hue, share of the colour circle
