@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -39,6 +40,7 @@ class Apply:
         self.has_contrastive, self.has_captioning = c.loss.lambda_con > 0, c.loss.lambda_cap > 0
         self._shards = mesh.shape["replica"] * mesh.shape["fsdp"]
         model, pad = CoCa(c.model), c.model.text.pad_id
+        self._pad_id = pad
 
         def apply(params: Parameters, *args: Any, **kwargs: Any) -> Any:
             return model.apply({"params": params}, *args, **kwargs)
@@ -59,19 +61,80 @@ class Apply:
             nll = losses.token_losses(hidden, apply(params, method="head"), labels, chunk) * weights
             return nll.sum(axis=1), weights.sum(axis=1)
 
-        def caption(params: Parameters, images: jax.Array) -> jax.Array:
-            tokens = apply(params, pixels(images), contrastive=False, method="encode_image").image_tokens
-            return generate.greedy(c.model, params, tokens, bos_id=bos_id, eos_id=eos_id)
+        def captions(
+            options: generate.Options,
+            prefix: int,
+            params: Parameters,
+            images: jax.Array,
+            prompts: jax.Array,
+            seeds: jax.Array | None = None,
+        ) -> tuple[generate.Captions, jax.Array | None]:
+            both = apply(params, pixels(images), contrastive=self.has_contrastive, method="encode_image")
+            keys = None if seeds is None else jax.vmap(jax.random.key)(seeds)
+            made = generate.generate(
+                c.model,
+                params,
+                both.image_tokens,
+                options,
+                bos_id=bos_id,
+                eos_id=eos_id,
+                prompt=prompts,
+                prefix=prefix,
+                keys=keys,
+            )
+            if not self.has_contrastive:
+                return made, None
+            b, r, t = made.tokens.shape
+            features = apply(params, made.tokens.reshape(b * r, t), method="encode_text").text_features
+            return made, jnp.einsum("be,bre->br", both.image_features, features.reshape(b, r, -1))
 
         self.encode_image = self._compile(encode_image)
         self.encode_text = self._compile(encode_text)
         self.caption_loss = self._compile(caption_loss)
-        self.caption = self._compile(caption)
+
+        @functools.cache
+        def captioner(options: generate.Options, prefix: int) -> Callable[..., Any]:
+            return self._compile(functools.partial(captions, options, prefix))
+
+        self._captioner = captioner
+        self._bos_id = bos_id
+
+    def captions(
+        self,
+        params: Parameters,
+        images: np.ndarray | jax.Array,
+        options: generate.Options = generate.Options(),  # noqa: B008  (frozen)
+        prompts: np.ndarray | None = None,
+        seeds: np.ndarray | None = None,
+    ) -> tuple[generate.Captions, np.ndarray | None]:
+        """Captions, `r` for each picture, and their cosine similarities with it `[b, r]` from the same image pass.
+
+        Args:
+          params: of the model.
+          images: uint8 `[b, size, size, 3]`.
+          options: how they are decoded.
+          prompts: what they begin with, int32 `[b, p]`: bos, tokens, padding; None: bos alone.
+          seeds: for sampling, uint32 `[b]`.
+
+        Returns:
+          Host arrays; the similarities are None where the model has no contrastive half.
+        """
+        prefix = 1
+        if prompts is None:
+            prompts = np.full((len(images), 1), self._bos_id, np.int32)
+        else:
+            prefix = generate.prefix_length((np.cumprod(prompts[:, 1:] != self._pad_id, axis=1)).sum(axis=1) + 1)
+        arrays = (images, prompts) if seeds is None else (images, prompts, seeds)
+        result: tuple[generate.Captions, np.ndarray | None] = self._captioner(options, prefix)(params, *arrays)
+        return result
+
+    def caption(self, params: Parameters, images: np.ndarray | jax.Array) -> np.ndarray:
+        """Token ids of one caption for each picture, decoded greedily, `[b, t]`."""
+        return np.asarray(self.captions(params, images)[0].tokens[:, 0])
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         compiled = jax.jit(function, out_shardings=replicated(self.mesh))
 
-        @functools.wraps(function)
         def call(params: Parameters, *arrays: np.ndarray | jax.Array) -> Any:
             rows = len(arrays[0])
             placed = (a if isinstance(a, jax.Array) else self._place(np.asarray(a)) for a in arrays)

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from coca_jax import config, sharding
+from coca_jax import config, generate, sharding
 from coca_jax.apply import Apply
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.tokenizer import Tokenizer
@@ -20,6 +20,23 @@ from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.model.image_encoder import resize_parameters
 from coca_jax.train import checkpoint
 from coca_jax.train import state as states
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """A caption of a picture.
+
+    Attributes:
+      text: without control tokens, the prompt included.
+      log_prob: log P(caption | picture, prompt) under the model, nats.
+      score: what decoding ranked it by, see `generate.Captions`.
+      similarity: cosine of its text feature and the picture's, -1..1; None where the model has no contrastive half.
+    """
+
+    text: str
+    log_prob: float
+    score: float
+    similarity: float | None
 
 
 class Pretrained:
@@ -48,33 +65,87 @@ class Pretrained:
           batch_size: pictures that are computed at a time.
         """
         self._needs(self._apply.has_contrastive, "lambda_con")
-        return self._rows(self._apply.encode_image, self.preprocessor.pixels(_several(images)), batch_size)
+        return self._rows(self._apply.encode_image, [self.preprocessor.pixels(_several(images))], batch_size)
 
     def encode_text(self, texts: str | Sequence[str], *, batch_size: int = 64) -> Float[np.ndarray, "b d"]:
         """Unit-length float32 features of texts. `encode_image(...) @ encode_text(...).T` are the similarities."""
         self._needs(self._apply.has_contrastive, "lambda_con")
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = self._tokenizer().encode_batch(texts, self.config.model.text.length)
-        return self._rows(self._apply.encode_text, tokens, batch_size)
+        return self._rows(self._apply.encode_text, [tokens], batch_size)
 
-    def caption(self, images: Any, *, batch_size: int = 64) -> list[str]:
-        """A caption for each picture, decoded greedily. Pictures as in `encode_image`."""
+    def caption(self, images: Any, prompt: str = "", *, batch_size: int = 64, **options: Any) -> list[str]:
+        """The best caption of each picture. Arguments as of `captions`."""
+        return [found[0].text for found in self.captions(images, prompt, batch_size=batch_size, **options)]
+
+    def captions(
+        self,
+        images: Any,
+        prompt: str | Sequence[str] = "",
+        *,
+        rerank: bool = False,
+        seed: int = 0,
+        batch_size: int = 64,
+        **options: Any,
+    ) -> list[list[Caption]]:
+        """Captions of pictures, several of each if asked for, the best first.
+
+        Args:
+          images: as in `encode_image`.
+          prompt: what the captions begin with; one for all pictures, or one for each.
+          rerank: the best are those most similar to the picture in the contrastive space, not those likeliest.
+          seed: of sampling; the n-th picture draws the same whatever is computed beside it.
+          batch_size: pictures that are computed at a time.
+          **options: of `generate.Options`, e.g. `method="beam", returns=3` or `method="sample", top_p=0.9`.
+
+        Raises:
+          ValueError: an option does not exist or cannot be, a prompt is too long, or the model lacks that half.
+        """
         self._needs(self._apply.has_captioning, "lambda_cap")
+        if rerank:
+            self._needs(self._apply.has_contrastive, "lambda_con")
         tokenizer = self._tokenizer()
+        if unknown := set(options) - {field.name for field in dataclasses.fields(generate.Options)}:
+            known = ", ".join(field.name for field in dataclasses.fields(generate.Options))
+            raise ValueError(f"{sorted(unknown)[0]} is no option of decoding; there are {known}")
+        how = generate.Options(**options)
         pixels = self.preprocessor.pixels(_several(images))
-        return [tokenizer.decode(ids) for ids in self._rows(self._apply.caption, pixels, batch_size)]
+        prompts = [prompt] * len(pixels) if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != len(pixels):
+            raise ValueError(f"{len(prompts)} prompts for {len(pixels)} pictures: give one for all, or one for each")
+        rows = [pixels, tokenizer.encode_prompts(prompts)]
+        if how.method == "sample":
+            rows.append(np.random.SeedSequence(seed).generate_state(len(pixels)))
+        made, similarity = self._rows(
+            lambda params, *arrays: self._apply.captions(params, arrays[0], how, *arrays[1:]), rows, batch_size
+        )
+        found = []
+        for row in range(len(pixels)):
+            captions = [
+                Caption(
+                    tokenizer.decode(made.tokens[row, at]),
+                    float(made.log_probs[row, at].sum()),
+                    float(made.scores[row, at]),
+                    None if similarity is None else float(similarity[row, at]),
+                )
+                for at in range(how.returns)
+            ]
+            found.append(sorted(captions, key=lambda c: -(c.similarity or 0.0)) if rerank else captions)
+        return found
 
-    def _rows(self, function: Any, rows: np.ndarray, batch_size: int) -> np.ndarray:
+    def _rows(self, function: Any, rows: Sequence[np.ndarray], batch_size: int) -> Any:
+        """`function(params, *rows)` for some rows at a time; host arrays, or a tree of them."""
         parts = []
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
+        for start in range(0, len(rows[0]), batch_size):
+            part = [x[start : start + batch_size] for x in rows]
+            count = len(part[0])
             # Filled up to a power of two, so that many sizes share few compiled programs.
-            size = min(batch_size, 1 << (len(part) - 1).bit_length())
-            filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            parts.append(function(self.params, filled)[: len(part)])
+            size = min(batch_size, 1 << (count - 1).bit_length())
+            filled = [np.concatenate([x, np.repeat(x[-1:], size - count, axis=0)]) for x in part]
+            parts.append(jax.tree.map(lambda x, n=count: x[:n], function(self.params, *filled)))
         if not parts:
             raise ValueError("nothing was given to encode")
-        return np.concatenate(parts)
+        return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
     def _needs(self, present: bool, weight: str) -> None:
         if not present:
@@ -137,7 +208,8 @@ def read_weights(
         raise ConversionError(f"step={step} is of workdirs, and {path} is none: leave it out")
     if not path.exists():
         raise ConversionError(f"{path}: no such file or directory")
-    if path.is_dir() and (path / checkpoint.CONFIG_FILE).exists() and (path / checkpoint.TOKENIZER_FILE).exists():
+    begun = all((path / name).exists() for name in (checkpoint.CONFIG_FILE, checkpoint.TOKENIZER_FILE))
+    if begun and not (path / "open_clip_config.json").exists():
         raise checkpoint.CheckpointError(f"{path} is a workdir without a checkpoint yet: train it first")
     return open_clip.read(path, tokenizer=tokenizer, name=name)
 

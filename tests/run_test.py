@@ -129,7 +129,7 @@ def test_a_workdir_is_converted_and_computes_the_same(
     workdir: pathlib.Path, tmp_path: pathlib.Path, run_python: Callable[..., Any]
 ) -> None:
     done = run_python(["-m", "coca_jax.convert", f"--input={workdir}", f"--output={tmp_path}/out"], devices=1)
-    assert "step 6; tokenizer: 300 pieces (tokenizer.model)" in done.stdout and "model.safetensors" in done.stdout
+    assert "step 6; tokenizer: 283 pieces (tokenizer.model)" in done.stdout and "model.safetensors" in done.stdout
     before, after = coca_jax.load(workdir), coca_jax.load(tmp_path / "out")
     assert (before.step, before.preprocessor) == (after.step, after.preprocessor)
     picture, caption = pairs.picture("red", "dot"), "a red dot"
@@ -177,3 +177,31 @@ def test_a_captioner_has_no_contrastive_half(recipe: Any, tmp_path: pathlib.Path
     assert len(coca.caption(pairs.picture("red", "dot"))) == 1
     with pytest.raises(ValueError, match="lambda_con=0"):
         coca.encode_text("a red dot")
+
+
+def test_captions_of_every_kind_with_their_scores(workdir: pathlib.Path) -> None:
+    coca = coca_jax.load(workdir)
+    pictures = [pairs.picture("red", "dot"), pairs.picture("blue", "cross"), pairs.picture("green", "bar on top")]
+    best = coca.captions(pictures, method="beam", beams=4, returns=3, length=8)
+    assert [len(found) for found in best] == [3, 3, 3]
+    for found in best:
+        assert all(c.similarity is not None and -1 <= c.similarity <= 1 and c.log_prob < 0 for c in found)
+    again = coca.captions(pictures, method="beam", beams=4, returns=3, length=8, rerank=True)
+    for found, ranked in zip(best, again, strict=True):
+        similarities = [c.similarity or 0.0 for c in ranked]
+        assert similarities == sorted(similarities, reverse=True)
+        assert {c.text for c in ranked} == {c.text for c in found}
+    # The similarities are those of the features that are computed alone.
+    pixels = coca.preprocessor.pixels(pictures)
+    made, similarity = coca._apply.captions(coca.params, pixels)
+    features = coca._apply.encode_text(coca.params, made.tokens[:, 0])
+    np.testing.assert_allclose(similarity[:, 0], (coca.encode_image(pictures) * features).sum(axis=1), atol=1e-5)
+    sampled = [
+        coca.captions(p, method="sample", top_p=0.9, returns=2, seed=3, length=8)[0] for p in (pictures, pictures[:1])
+    ]
+    assert sampled[0][0].text == sampled[1][0].text
+    assert all(text.startswith("a red") for text in coca.caption(pictures, "a red", length=8))
+    with pytest.raises(ValueError, match="beamz is no option"):
+        coca.caption(pictures, beamz=3)
+    with pytest.raises(ValueError, match="2 prompts for 3 pictures"):
+        coca.captions(pictures, ["a", "b"])

@@ -76,6 +76,12 @@ class Tokenizer:
         ids[len(pieces) + 1] = self.eos_id
         return ids
 
+    def encode_prompts(self, texts: Sequence[str]) -> np.ndarray:
+        """Beginnings of captions, int32 `[b, p]`: bos, pieces, padding, as long as the longest. Empty ones are bos."""
+        pieces = [[self.bos_id, *self._vocabulary.encode(text)] for text in texts]
+        longest = max(map(len, pieces))
+        return np.array([row + [self.pad_id] * (longest - len(row)) for row in pieces], np.int32)
+
     def encode_batch(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Token ids of several texts, int32 `[b, length]`."""
         return np.stack([self.encode(text, length) for text in texts]) if texts else np.zeros((0, length), np.int32)

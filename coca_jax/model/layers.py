@@ -97,7 +97,14 @@ class Attention(nn.Module):
         is_causal: bool = False,
         cached: bool = False,
     ) -> Float[Array, "b s d"]:
-        """Softmax in float32. Keys and values that come from a cache are read by XLA whatever is configured."""
+        """Softmax in float32. Keys and values that come from a cache are read by XLA whatever is configured.
+
+        There may be n rows of x for each row of keys, one after the other: captions of one image. They attend as more
+        queries, so that what is known of the image is held and read once.
+        """
+        rows, length = x.shape[:2]
+        if rows != keys.shape[0]:
+            x = x.reshape(keys.shape[0], -1, x.shape[2])
         mixed = attend(
             self._split(self.query(x)),
             keys,
@@ -107,7 +114,8 @@ class Attention(nn.Module):
             implementation="xla" if cached else self.model.attention,
             recompute=self.recompute,
         )
-        return self.out(shard(mixed, "batch", None, "heads", None))
+        x = self.out(shard(mixed, "batch", None, "heads", None))
+        return x if x.shape[0] == rows else x.reshape(rows, length, -1)
 
     def __call__(
         self,

@@ -1,0 +1,311 @@
+"""Decoding against what it must equal: the whole decoder run again for each token, and every caption there is."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coca_jax import generate
+from coca_jax.generate import Options, choosing
+from coca_jax.model.coca import CoCa
+from tests import tiny
+
+BOS, EOS, PAD = 2, 1, 0
+# Seven tokens, of which five may come; captions of up to six with bos: all of them can be written down.
+MODEL = tiny.replace(
+    tiny.MODEL, text__vocab_size=7, text__length=6, text__n_uni=1, text__n_multi=2, image__depth=1, text__mlp_dim=16
+)
+BATCH = 3
+
+
+@functools.cache
+def params() -> Any:
+    drawn = tiny.parameters(MODEL)
+    drawn["text_decoder"]["lm_head"]["kernel"] *= 3  # decided enough that the first is not the second
+    return drawn
+
+
+@functools.cache
+def image_tokens() -> jax.Array:
+    images = tiny.images(MODEL, BATCH, seed=5)
+    return CoCa(MODEL).apply({"params": params()}, images, method="encode_image").image_tokens
+
+
+@functools.cache
+def _decoder() -> Any:
+    def logits(tokens: Any, pooled: Any) -> Any:
+        def run(m: CoCa) -> Any:
+            hidden, _ = m.text_decoder.encode(tokens, cls=False)
+            return m.text_decoder.logits(m.text_decoder.decode(hidden, pooled))
+
+        return CoCa(MODEL).apply({"params": params()}, method=run)
+
+    return jax.jit(logits)
+
+
+def teacher_forced(tokens: np.ndarray, row: int) -> np.ndarray:
+    """log P(next | before) `[n, t, v]` of captions of one picture, by the whole decoder."""
+    pooled = jnp.repeat(image_tokens()[row : row + 1], len(tokens), axis=0)
+    return np.asarray(jax.nn.log_softmax(_decoder()(jnp.asarray(tokens), pooled), axis=-1), np.float64)
+
+
+def run(options: Options, **arguments: Any) -> generate.Captions:
+    """Compiled once for each set of options and shapes."""
+    return jax.tree.map(np.asarray, _compiled(options, arguments.pop("prefix", 1))(image_tokens(), **arguments))
+
+
+@functools.cache
+def _compiled(options: Options, prefix: int) -> Any:
+    def call(pooled: Any, **arguments: Any) -> Any:
+        return generate.generate(MODEL, params(), pooled, options, bos_id=BOS, eos_id=EOS, prefix=prefix, **arguments)
+
+    return jax.jit(call)
+
+
+def all_captions(length: int) -> np.ndarray:
+    """Every caption of up to `length` tokens that ends in eos, padded."""
+    words = [token for token in range(7) if token not in (BOS, EOS, PAD)]
+    found = []
+    for count in range(length - 1):
+        for middle in itertools.product(words, repeat=count):
+            found.append([BOS, *middle, EOS, *[PAD] * (length - count - 2)])
+    return np.array(found, np.int32)
+
+
+def log_probs_of(captions: np.ndarray, row: int) -> np.ndarray:
+    """`[n, t]`, 0 for bos and padding."""
+    table = teacher_forced(captions, row)
+    own = np.take_along_axis(table[:, :-1], captions[:, 1:, None], axis=2)[:, :, 0]
+    own = np.concatenate([np.zeros((len(captions), 1)), own], axis=1)
+    ended = np.cumsum(captions == EOS, axis=1) - (captions == EOS) > 0
+    return np.where(ended, 0.0, own)
+
+
+def counts(captions: np.ndarray) -> np.ndarray:
+    return (captions == EOS).argmax(axis=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beam search
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, -0.5])
+def test_beam_search_equals_brute_force(penalty: float) -> None:
+    """With as many beams as there can be captions in the making (4^3 of 4 words), nothing can be lost."""
+    made = run(Options("beam", beams=64, returns=5, length_penalty=penalty))
+    captions = all_captions(6)
+    assert len(captions) == sum(4**n for n in range(5)) == 341
+    for row in range(BATCH):
+        log_probs = log_probs_of(captions, row)
+        scores = log_probs.sum(axis=1) / counts(captions) ** penalty
+        best = np.argsort(-scores)[:5]
+        assert np.diff(-scores[best]).min() > 1e-4, "too near to one another to tell"
+        np.testing.assert_array_equal(made.tokens[row], captions[best])
+        # float32 sums of float32 logits
+        np.testing.assert_allclose(made.scores[row], scores[best], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(made.log_probs[row], log_probs[best], rtol=1e-5, atol=1e-5)
+
+
+def test_captions_that_were_cut_come_last() -> None:
+    """Two tokens after bos: at most 1 + 4 captions end; the others that are wanted were cut."""
+    made = run(Options("beam", beams=16, returns=12, length=3))
+    for row in range(BATCH):
+        ended = (made.tokens[row] == EOS).any(axis=1)
+        assert ended.tolist() == [True] * 5 + [False] * 7
+        assert (np.diff(made.scores[row, :5]) <= 0).all() and (np.diff(made.scores[row, 5:]) <= 0).all()
+        assert len({tuple(tokens) for tokens in made.tokens[row]}) == 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities, prompts, returns
+
+
+def test_log_probabilities_are_those_of_teacher_forcing() -> None:
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    for made in (run(Options()), run(Options("sample", returns=4, temperature=1.7), keys=keys)):
+        for row in range(BATCH):
+            captions = made.tokens[row]
+            np.testing.assert_allclose(made.log_probs[row], log_probs_of(captions, row), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(made.scores, made.log_probs.sum(axis=2), rtol=1e-6)
+
+
+PROMPTS = np.array([[BOS, 4, 5], [BOS, 6, PAD], [BOS, PAD, PAD]], np.int32)
+
+
+@pytest.mark.parametrize("options", [Options(), Options("beam", beams=5, returns=3)], ids=["greedy", "beam"])
+def test_ragged_prompts_are_each_continued_as_if_alone(options: Options) -> None:
+    made = run(options, prompt=PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        count = int((prompt != PAD).sum())
+        alone = run(options, prompt=np.repeat(prompt[None, :count], BATCH, axis=0))
+        np.testing.assert_array_equal(made.tokens[row], alone.tokens[row])
+        np.testing.assert_allclose(made.scores[row], alone.scores[row], rtol=1e-5, atol=1e-6)
+        assert (made.tokens[row, :, :count] == prompt[:count]).all()
+        assert (made.log_probs[row, :, :count] == 0).all()
+
+
+def test_however_much_of_the_prompt_goes_in_at_once_nothing_changes() -> None:
+    prompt = np.array([[BOS, 4, 5], [BOS, 6, 3], [BOS, 3, 3]], np.int32)
+    one, three = (run(Options("beam", beams=4), prompt=prompt, prefix=prefix) for prefix in (1, 3))
+    np.testing.assert_array_equal(one.tokens, three.tokens)
+    np.testing.assert_allclose(one.scores, three.scores, rtol=1e-5, atol=1e-6)
+
+
+def test_prefixes_come_in_few_lengths() -> None:
+    found = [generate.prefix_length([n, n + 3]) for n in range(1, 65)]
+    assert all(p <= n for n, p in enumerate(found, 1))
+    assert sorted(set(found)) == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_ten_batches_of_other_prompts_and_ends_compile_twice() -> None:
+    """Widths of 2 and 4 tokens, whatever the prompts' own lengths in them and however long the captions become."""
+    options = Options(length=6)
+    call = _compiled.__wrapped__(options, 1)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        for width in (2, 4):
+            lengths = rng.integers(1, width + 1, BATCH)
+            words = rng.integers(3, 7, (BATCH, width))
+            prompt = np.where(np.arange(width)[None, :] < lengths[:, None], words, PAD)
+            prompt[:, 0] = BOS
+            call(image_tokens(), prompt=prompt.astype(np.int32))
+    assert call._cache_size() == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def test_draws_follow_the_model() -> None:
+    """First tokens of 3,000 captions against the model's probabilities: four standard deviations."""
+    n = 1000
+    keys = jax.random.split(jax.random.key(1), BATCH)
+    made = run(Options("sample", returns=n, length=2), keys=keys)
+    for row in range(BATCH):
+        probability = np.exp(teacher_forced(np.array([[BOS]], np.int32), row)[0, 0])
+        probability[[BOS, PAD]] = 0
+        probability /= probability.sum()
+        share = np.bincount(made.tokens[row, :, 1], minlength=7) / n
+        assert (np.abs(share - probability) <= 4 * np.sqrt(probability * (1 - probability) / n) + 1e-9).all()
+
+
+def test_a_pictures_draws_are_its_own() -> None:
+    keys = jax.random.split(jax.random.key(2), BATCH)
+    options = Options("sample", returns=3)
+    together = run(options, keys=keys)
+    order = np.array([2, 0, 1])
+    moved = jax.tree.map(
+        np.asarray,
+        jax.jit(
+            lambda pooled, keys: generate.generate(MODEL, params(), pooled, options, bos_id=BOS, eos_id=EOS, keys=keys)
+        )(image_tokens()[order], keys[order]),
+    )
+    np.testing.assert_array_equal(moved.tokens, together.tokens[order])
+    assert len({tuple(t) for t in together.tokens.reshape(-1, 6)}) > 3
+
+
+def test_top_k_and_top_p_keep_the_likeliest() -> None:
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(4, 50)) * 2, jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 4 * 500).reshape(500, 4)
+
+    def drawn(options: Options) -> np.ndarray:
+        return np.asarray(jax.jit(jax.vmap(lambda k: choosing.draw(logits, k, options)))(keys))
+
+    order = np.argsort(-np.asarray(logits), axis=1)
+    five = drawn(Options("sample", top_k=5))
+    np.testing.assert_array_equal(drawn(Options("sample", top_k=1)), np.tile(order[:, 0], (500, 1)))
+    nucleus = drawn(Options("sample", top_p=0.7, temperature=0.8))
+    for row in range(4):
+        assert set(five[:, row]) == set(order[row, :5])
+        p = np.exp(np.asarray(logits[row], np.float64) / 0.8)
+        p = (p / p.sum())[order[row]]
+        size = int(np.searchsorted(np.cumsum(p), 0.7) + 1)  # the fewest that reach it
+        assert set(nucleus[:, row]) <= set(order[row, :size]) and order[row, 0] in nucleus[:, row]
+        assert 1 < size < 30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is forbidden and made unlikelier, against plain Python
+
+
+def adjusted(logits: np.ndarray, before: list[int], options: Options) -> np.ndarray:
+    out = logits.astype(np.float64).copy()
+    for token in set(before):
+        p = options.repetition_penalty
+        out[token] = out[token] / p if out[token] > 0 else out[token] * p
+    size = options.no_repeat_ngram
+    if size and len(before) >= size:
+        for start in range(len(before) - size + 1):
+            if size == 1 or before[start : start + size - 1] == before[len(before) - size + 1 :]:
+                out[before[start + size - 1]] = -math.inf
+    out[[PAD, BOS]] = -math.inf
+    if len(before) + 1 < options.min_length:
+        out[EOS] = -math.inf
+    return out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(repetition_penalty=1.3),
+        Options(no_repeat_ngram=1),
+        Options(no_repeat_ngram=2, min_length=6),
+        Options(no_repeat_ngram=3, repetition_penalty=0.7),
+    ],
+    ids=str,
+)
+def test_logits_are_bent_as_the_options_say(options: Options) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 6, (16, 12)).astype(np.int32)  # few words: runs do repeat
+    logits = rng.normal(size=(16, 7)).astype(np.float32)
+    call = jax.jit(lambda t, at: choosing.adjust(logits, t, at, options, never=(PAD, BOS), eos_id=EOS))
+    forbidden = 0
+    for at in range(1, 12):
+        found = np.asarray(call(tokens, jnp.int32(at)))
+        for row in range(16):
+            wanted = adjusted(logits[row], tokens[row, :at].tolist(), options)
+            np.testing.assert_array_equal(found[row] <= choosing.FORBIDDEN / 2, np.isinf(wanted))
+            forbidden += int(np.isinf(wanted).sum()) - 2
+            np.testing.assert_allclose(found[row][np.isfinite(wanted)], wanted[np.isfinite(wanted)], rtol=1e-6)
+    assert (forbidden > 50) == bool(options.no_repeat_ngram or options.min_length)
+
+
+def test_captions_obey() -> None:
+    made = run(Options("beam", beams=6, returns=6, min_length=5, no_repeat_ngram=1))
+    for tokens in made.tokens.reshape(-1, 6):
+        words = tokens[(tokens != PAD) & (tokens != EOS)]
+        assert len(set(words)) == len(words)
+        assert EOS not in tokens[:4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options("best"), "method='best': choose greedy, sample or beam"),
+        (Options(returns=2), "greedy gives one"),
+        (Options("beam", beams=2, returns=3), "beams=2 must be returns=3 or more"),
+        (Options(length=7), r"length=7 must lie in 2\.\.6"),
+        (Options(min_length=7), r"min_length=7 must lie in 0\.\.6"),
+        (Options("sample", temperature=0.0), r"temperature=0\.0 must be more than 0"),
+        (Options("sample", top_p=1.5), r"top_p=1\.5"),
+        (Options("sample", top_k=-1), "top_k=-1"),
+        (Options(repetition_penalty=0.0), r"repetition_penalty=0\.0"),
+        (Options("sample"), "sampling takes keys"),
+    ],
+)
+def test_what_cannot_be_decoded_is_said(options: Options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(options)
+
+
+def test_a_prompt_that_fills_the_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="leave nothing of length=3"):
+        run(Options(length=3), prompt=PROMPTS)
