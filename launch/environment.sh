@@ -108,6 +108,8 @@ make_environment() {
   local base version started=$SECONDS stamp
   local have_uv=false
   if uv --version >/dev/null 2>&1; then have_uv=true; fi
+  # Where pip is told of further packages, uv is too.
+  if [[ -n ${PIP_FIND_LINKS:-} && -z ${UV_FIND_LINKS:-} ]]; then export UV_FIND_LINKS=$PIP_FIND_LINKS; fi
 
   python=$venv/bin/python
   version=$(python_version "$python")

@@ -1,0 +1,145 @@
+"""Captions a second: with the cache of keys and values, against running the whole decoder again for each token.
+
+    python -m benchmarks.decode     # coca_base, 8 pictures, 30 tokens; some minutes on a CPU
+    python -m benchmarks.decode --config=configs/coca_large.py --batch=64 --dtype=bfloat16
+
+Random weights; the end of a caption is forbidden, so that every way makes as many tokens. The ways take turns in one
+process; figures are medians, and ratios of them. The whole decoder runs over the full length each time, as one
+compiled program must: that is what a decoder without a cache costs. Decoding cannot be quicker than its parameters can
+be read: the time that takes at the measured bandwidth of a copy stands beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import platform
+import runpy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from coca_jax import config, generate
+from coca_jax.generate import Options
+from coca_jax.model.coca import CoCa
+from coca_jax.train import state
+
+BOS, EOS = 1, 2
+
+
+def whole_decoder(model: config.Model, length: int) -> Callable[[Any, jax.Array], jax.Array]:
+    """Greedy decoding by one pass over all positions for each token: image keys and values too, as without a cache."""
+    coca, pad = CoCa(model), model.text.pad_id
+
+    def decode(params: Any, image_tokens: jax.Array) -> jax.Array:
+        def logits(tokens: jax.Array) -> Any:
+            def run(m: CoCa) -> Any:
+                hidden, _ = m.text_decoder.encode(tokens, cls=False)
+                return m.text_decoder.decode(hidden, image_tokens), m.head()
+
+            return coca.apply({"params": params}, method=run)
+
+        def step(at: jax.Array, tokens: jax.Array) -> jax.Array:
+            hidden, head = logits(tokens)
+            last = jax.lax.dynamic_index_in_dim(hidden, at - 1, 1, keepdims=False)
+            scores = jnp.einsum("bd,dv->bv", last, head.astype(last.dtype), preferred_element_type=jnp.float32)
+            new = jnp.argmax(scores.at[:, jnp.array([pad, BOS, EOS])].set(-jnp.inf), axis=1).astype(jnp.int32)
+            return jax.lax.dynamic_update_slice_in_dim(tokens, new[:, None], at, axis=1)
+
+        tokens = jnp.full((image_tokens.shape[0], length), pad, jnp.int32).at[:, 0].set(BOS)
+        return jax.lax.fori_loop(1, length, step, tokens)
+
+    return decode
+
+
+def cached(model: config.Model, options: Options) -> Callable[[Any, jax.Array], jax.Array]:
+    def decode(params: Any, image_tokens: jax.Array) -> jax.Array:
+        # min_length keeps the end away, whose id is beyond what is drawn from otherwise.
+        return generate.generate(model, params, image_tokens, options, bos_id=BOS, eos_id=EOS).tokens[:, 0]
+
+    return decode
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a device reads and writes when it copies 256 MB, the best of several."""
+    x = jnp.zeros(64 << 20, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(copy(x))
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        jax.block_until_ready(copy(x))
+        best = min(best, time.perf_counter() - started)
+    return 2 * x.nbytes / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/coca_base.py", help="recipe")
+    parser.add_argument("--batch", type=int, default=8, help="pictures")
+    parser.add_argument("--length", type=int, default=30, help="tokens of a caption")
+    parser.add_argument("--beams", type=int, default=6)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=5, help="times that each way has its turn")
+    parser.add_argument("--json", help="file for the figures")
+    args = parser.parse_args()
+
+    c = config.from_config_dict(runpy.run_path(args.config)["get_config"]())
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, dtype=args.dtype, attention="xla"))
+    model, text = c.model, c.model.text
+    if not 3 <= args.length <= text.length:
+        parser.error(f"--length={args.length} must lie in 3..{text.length}")
+    params = jax.jit(lambda: state.init_parameters(c, jax.random.key(0)))()
+    queries = model.pooler.queries - (model.pooler.kind == "single")
+    rng = np.random.default_rng(0)
+    image_tokens = jnp.asarray(rng.normal(size=(args.batch, queries, text.width)), model.dtype)
+
+    common = {"length": args.length, "min_length": args.length}
+    ways = {
+        "greedy, whole decoder each token": whole_decoder(model, args.length),
+        "greedy, cached": cached(model, Options(**common)),
+        f"beam {args.beams}, cached": cached(model, Options("beam", beams=args.beams, **common)),
+    }
+    compiled = {name: jax.jit(way) for name, way in ways.items()}
+    for name in tqdm(compiled, desc="compiling", leave=False):
+        jax.block_until_ready(compiled[name](params, image_tokens))
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in tqdm(range(args.rounds), desc="rounds", leave=False):
+        for name, way in compiled.items():
+            started = time.perf_counter()
+            jax.block_until_ready(way(params, image_tokens))
+            seconds[name].append(time.perf_counter() - started)
+
+    bandwidth = copy_bandwidth()
+    decoder = params["text_decoder"]
+    read = sum(x.nbytes for x in jax.tree.leaves(decoder)) - decoder["token_embedding"]["embedding"].nbytes
+    bound = (args.length - 1) * read / bandwidth
+    device = f"{jax.devices()[0].device_kind} ({jax.devices()[0].platform})"
+    print(
+        f"{args.config}, {args.dtype}, {args.batch} pictures, {args.length} tokens; {device}, {platform.machine()}, "
+        f"jax {jax.__version__}, {datetime.date.today()}"
+    )
+    slow = statistics.median(next(iter(seconds.values())))
+    rows = {}
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        rows[name] = {"captions_per_second": args.batch / median, "seconds": values}
+        print(
+            f"{name:34} {args.batch / median:9.2f} captions/s   {slow / median:6.2f} x   {median / bound:5.1f} x bound"
+        )
+    print(f"bound: {read / 1e6:.0f} MB of decoder parameters a token at {bandwidth / 1e9:.1f} GB/s, {bound:.2f} s")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"device": device, "bandwidth": bandwidth, "ways": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
