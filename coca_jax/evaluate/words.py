@@ -15,12 +15,14 @@ import re
 _PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _LETTERS = str.maketrans(
-    {"’": "'", "‘": "'", "“": '"', "”": '"', "—": "--", "–": "--", "…": "...", "€": "$", "£": "#", "\u00a0": " "}
+    # Typographic quotes, dashes, dots and blanks; the euro and the pound as Stanford writes them.
+    {"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2014": "--", "\u2013": "--", "\u2026": "..."}
+    | {"€": "$", "£": "#", "\u00a0": " "}
 )
 _ABBREVIATIONS = (
-    "mr mrs ms dr prof st ave blvd rd sr jr inc ltd co corp vs etc no jan feb mar apr jun jul aug sep sept oct nov dec "
-    "mt ft gen gov sgt capt lt col rev hon"
-).split()
+    "mr|mrs|ms|dr|prof|st|ave|blvd|rd|sr|jr|inc|ltd|co|corp|vs|etc|no|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec|"
+    "mt|ft|gen|gov|sgt|capt|lt|col|rev|hon"
+)
 # One word, two: `cannot`, `gonna`.
 _JOINED = {
     **{"cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na")},
@@ -30,7 +32,7 @@ _CLITIC = r"(?:n't|'(?:s|m|d|re|ve|ll|n)(?![^\W_]))"
 _TOKEN = re.compile(
     rf"""
       https?://\S+ | [\w.+-]+@[\w-]+(?:\.[\w-]+)+          # addresses
-    | (?:[^\W\d_]\.){{2,}} | (?:{"|".join(_ABBREVIATIONS)})\.(?=\s|$)   # u.s.  p.m.  mr.
+    | (?:[^\W\d_]\.){{2,}} | (?:{_ABBREVIATIONS})\.(?=\s|$)   # u.s.  p.m.  mr.
     | 'n'(?!\w) | '\d\ds?(?!\w) | '(?:tis|twas)(?!\w) | o'clock(?!\w) | y'(?=all\b) | d'ye\b
     | {_CLITIC}
     | -\d+(?:[.,:]\d+)*(?!\w) | \d+(?:[.,:]\d+)+          # 3.5  10:30  1,000

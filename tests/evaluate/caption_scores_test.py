@@ -1,7 +1,7 @@
 """Words and scores against the official COCO evaluation, whose results are recorded beside this file.
 
-caption_scores.json: texts with the words of Stanford's PTBTokenizer; captions and references with what pycocoevalcap 1.2
-computes from their words.
+caption_scores.json: texts with the words of Stanford's PTBTokenizer; captions and references with what pycocoevalcap
+1.2 computes from their words.
 """
 
 from __future__ import annotations
