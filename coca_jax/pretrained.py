@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from coca_jax import config, generate, sharding
 from coca_jax.apply import Apply
@@ -64,8 +64,12 @@ class Pretrained:
           images: one or several: paths, encoded bytes, PIL images or uint8 arrays `[h, w, 3]`, of any size.
           batch_size: pictures that are computed at a time.
         """
+        return self.encode_pixels(self.preprocessor.pixels(_several(images)), batch_size=batch_size)
+
+    def encode_pixels(self, pixels: UInt8[np.ndarray, "b s s 3"], *, batch_size: int = 64) -> Float[np.ndarray, "b d"]:
+        """`encode_image` of what `preprocessor.pixels` has made ready."""
         self._needs(self._apply.has_contrastive, "lambda_con")
-        return self._rows(self._apply.encode_image, [self.preprocessor.pixels(_several(images))], batch_size)
+        return self._rows(self._apply.encode_image, [pixels], batch_size)
 
     def encode_text(self, texts: str | Sequence[str], *, batch_size: int = 64) -> Float[np.ndarray, "b d"]:
         """Unit-length float32 features of texts. `encode_image(...) @ encode_text(...).T` are the similarities."""
@@ -101,6 +105,27 @@ class Pretrained:
         Raises:
           ValueError: an option does not exist or cannot be, a prompt is too long, or the model lacks that half.
         """
+        pixels = self.preprocessor.pixels(_several(images))
+        return self.caption_pixels(pixels, prompt, rerank=rerank, seed=seed, batch_size=batch_size, **options)
+
+    def caption_pixels(
+        self,
+        pixels: UInt8[np.ndarray, "b s s 3"],
+        prompt: str | Sequence[str] = "",
+        *,
+        rerank: bool = False,
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        batch_size: int = 64,
+        **options: Any,
+    ) -> list[list[Caption]]:
+        """`captions` of what `preprocessor.pixels` has made ready.
+
+        Args:
+          pixels: pictures.
+          numbers: by which pictures draw, so that a set captioned in parts draws as it would in one; None: 0, 1, ...
+          prompt, rerank, seed, batch_size, **options: as there.
+        """
         self._needs(self._apply.has_captioning, "lambda_cap")
         if rerank:
             self._needs(self._apply.has_contrastive, "lambda_con")
@@ -109,13 +134,13 @@ class Pretrained:
             known = ", ".join(field.name for field in dataclasses.fields(generate.Options))
             raise ValueError(f"{sorted(unknown)[0]} is no option of decoding; there are {known}")
         how = generate.Options(**options)
-        pixels = self.preprocessor.pixels(_several(images))
         prompts = [prompt] * len(pixels) if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(pixels):
             raise ValueError(f"{len(prompts)} prompts for {len(pixels)} pictures: give one for all, or one for each")
         rows = [pixels, tokenizer.encode_prompts(prompts)]
         if how.method == "sample":
-            rows.append(np.random.SeedSequence(seed).generate_state(len(pixels)))
+            of = range(len(pixels)) if numbers is None else numbers
+            rows.append(np.array([np.random.SeedSequence([seed, n]).generate_state(1)[0] for n in of]))
         made, similarity = self._rows(
             lambda params, *arrays: self._apply.captions(params, arrays[0], how, *arrays[1:]), rows, batch_size
         )

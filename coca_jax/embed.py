@@ -1,0 +1,83 @@
+"""Features of pictures or of texts: vectors of unit length, whose products are cosine similarities.
+
+    python -m coca_jax.embed photos/ --checkpoint=runs/mine --output=pictures.parquet
+    python -m coca_jax.embed --texts=sentences.txt --checkpoint=runs/mine --output=sentences.jsonl
+
+Each row of the output is a picture with its `path` (or a line of the text file with its `text`), and its `feature`,
+float32. A path that ends in .parquet makes a folder of Parquet files, .jsonl a file of JSON lines. Started again, it
+goes on where it stopped; pictures that cannot be read are listed in OUTPUT.bad.jsonl.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from coca_jax import commandline, compiler
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "", "What coca_jax.load opens: a workdir, an exported directory, ...")
+_OUTPUT = flags.DEFINE_string("output", "", "File that ends in .jsonl, or a folder's name that ends in .parquet.")
+_TEXTS = flags.DEFINE_string("texts", "", "File of texts, one a line, instead of pictures.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Rows that are computed at a time.", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    for flag in (_CHECKPOINT, _OUTPUT):
+        if not flag.value:
+            sys.exit(f"error: --{flag.name}=PATH is needed; --help says what it may be")
+    if bool(_TEXTS.value) == (len(argv) > 1):
+        sys.exit("error: name pictures or folders of pictures, or give --texts=FILE, one of the two")
+    compiler.setup()
+    from coca_jax import pictures, pretrained
+    from coca_jax.config import ConfigError
+    from coca_jax.data.records import DataError
+    from coca_jax.interop.weights import ConversionError
+    from coca_jax.train.checkpoint import CheckpointError
+
+    try:
+        rows = pictures.open_rows(_OUTPUT.value, "text" if _TEXTS.value else "path")
+        texts = _lines(_TEXTS.value) if _TEXTS.value else None
+        paths = pictures.find(argv[1:]) if texts is None else []
+        coca = pretrained.load(_CHECKPOINT.value)
+        settings = {"checkpoint": _CHECKPOINT.value, "step": coca.step, "texts": _TEXTS.value}
+        pictures.keep_settings(_OUTPUT.value, settings)
+        as_row = (lambda x: x) if _OUTPUT.value.endswith(".parquet") else np.ndarray.tolist
+
+        def compute(pixels: np.ndarray, _: list[int]) -> list[dict[str, Any]]:
+            return [{"feature": as_row(x)} for x in coca.encode_pixels(pixels, batch_size=_BATCH_SIZE.value)]
+
+        if texts is None:
+            size, what = _BATCH_SIZE.value, "features"
+            print(pictures.run(paths, coca.preprocessor, compute, _OUTPUT.value, batch_size=size, description=what))
+            return
+        known = rows.done()
+        new = [text for text in texts if text not in known]
+        for start in range(0, len(new), _BATCH_SIZE.value):
+            part = new[start : start + _BATCH_SIZE.value]
+            features = coca.encode_text(part, batch_size=_BATCH_SIZE.value)
+            rows.add([{"text": text, "feature": as_row(x)} for text, x in zip(part, features, strict=True)])
+        print(f"{len(new)} texts: {_OUTPUT.value}")
+    except (DataError, ConversionError, CheckpointError, ConfigError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _lines(path: str) -> list[str]:
+    from coca_jax.data.records import DataError
+
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise DataError(f"--texts={path}: no such file")
+    try:
+        return list(
+            dict.fromkeys(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        )
+    except UnicodeDecodeError as error:
+        raise DataError(f"--texts={path} is not UTF-8: {error}") from error
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=commandline.parse)

@@ -1,0 +1,221 @@
+"""Many pictures through a model, for scripts: found, decoded ahead, computed in batches, written so that it can go on.
+
+`coca_jax.caption` and `coca_jax.embed` are this with another function in the middle.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from coca_jax.data.images import Preprocessor
+from coca_jax.data.records import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+_AHEAD = 4  # batches that are decoded before they are asked for
+
+
+def find(arguments: Sequence[str]) -> list[str]:
+    """Paths of pictures: files as they are named, and of folders all that look like pictures, sorted, at any depth.
+
+    Raises:
+      DataError: an argument is neither, or a folder holds no picture.
+    """
+    found: list[str] = []
+    for argument in arguments:
+        path = epath.Path(argument)
+        if path.is_dir():
+            inside = sorted(os.fspath(p) for p in _walk(path) if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise DataError(f"{argument}: no picture in it, no file that ends in {', '.join(SUFFIXES)}")
+            found += inside
+        elif path.exists():
+            found.append(argument)
+        else:
+            raise DataError(f"{argument}: no such file or folder")
+    return list(dict.fromkeys(found))
+
+
+def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+class Rows(Protocol):
+    """A file of results that grows. Rows are flat dictionaries; a key of theirs says what they are of."""
+
+    def done(self) -> set[str]:
+        """The keys' values in what it holds already."""
+        ...
+
+    def add(self, rows: list[dict[str, Any]]) -> None: ...
+
+
+class Lines:
+    """JSON lines. A line that a killed process left half-written is taken away."""
+
+    def __init__(self, path: pathlib.Path, key: str = "path"):
+        self._path, self._key = path, key
+
+    def done(self) -> set[str]:
+        if not self._path.exists():
+            return set()
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) != len(content):
+            with self._path.open("r+b") as file:
+                file.truncate(len(whole))
+        try:
+            return {json.loads(line)[self._key] for line in whole.splitlines()}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"{self._path} is not what was written here ({error}): name another --output") from error
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+class Parts:
+    """A folder of Parquet files, `part-00000.parquet` and on, as pandas, pyarrow and Spark read it in one."""
+
+    def __init__(self, folder: pathlib.Path, key: str = "path"):
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise DataError(
+                f'--output={folder}: pyarrow is not installed, which writes it: pip install "coca_jax[parquet]"'
+            ) from error
+        self._arrow, self._folder, self._key = pyarrow, folder, key
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"{folder} is a file: Parquet is written as a folder of parts; name another --output")
+        for left in folder.glob("*.partial"):
+            left.unlink()
+        self._next = 1 + max((int(p.stem.removeprefix("part-")) for p in folder.glob("part-*.parquet")), default=-1)
+
+    def done(self) -> set[str]:
+        found: set[str] = set()
+        for file in self._folder.glob("part-*.parquet"):
+            found |= set(self._arrow.parquet.read_table(file, columns=[self._key])[self._key].to_pylist())
+        return found
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        file = self._folder / f"part-{self._next:05}.parquet"
+        partial = file.with_suffix(".partial")
+        arrays = {name: self._array(values) for name, values in columns.items()}
+        self._arrow.parquet.write_table(self._arrow.table(arrays), partial)
+        partial.replace(file)
+        self._next += 1
+
+    def _array(self, values: list[Any]) -> Any:
+        if isinstance(values[0], np.ndarray):
+            flat = self._arrow.array(np.concatenate(values).astype(np.float32))
+            return self._arrow.FixedSizeListArray.from_arrays(flat, len(values[0]))
+        return self._arrow.array(values)
+
+
+def open_rows(output: str, key: str = "path") -> Rows:
+    """The file or folder of results, by its ending. Raises DataError for another ending."""
+    if output.endswith(".jsonl"):
+        return Lines(pathlib.Path(output), key)
+    if output.endswith(".parquet"):
+        return Parts(pathlib.Path(output), key)
+    raise DataError(f"--output={output} must end in .jsonl or .parquet")
+
+
+def keep_settings(output: str, settings: dict[str, Any]) -> None:
+    """Writes what the results depend on beside them; where they are begun already, it must be the same.
+
+    Raises:
+      DataError: naming the first setting that differs.
+    """
+    path = pathlib.Path(output + ".settings.json")
+    settings = json.loads(json.dumps(settings))
+    if path.exists() and pathlib.Path(output).exists():
+        before = json.loads(path.read_text())
+        for key in settings:
+            if before.get(key) != settings[key]:
+                raise DataError(
+                    f"{output} was begun with --{key}={before.get(key)!r}, not {settings[key]!r}: put it back, or name "
+                    "another --output"
+                )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def run(
+    paths: Sequence[str],
+    preprocessor: Preprocessor,
+    compute: Callable[[np.ndarray, list[int]], Iterable[dict[str, Any]]],
+    output: str,
+    *,
+    batch_size: int,
+    description: str,
+) -> str:
+    """Computes what is not there yet. Pictures that cannot be read go into OUTPUT.bad.jsonl, with the reason.
+
+    Args:
+      paths: of pictures.
+      preprocessor: of the model.
+      compute: uint8 pictures `[b, s, s, 3]` and their numbers among all -> a row for each, without `path`.
+      output: ends in .jsonl or .parquet.
+      batch_size: pictures that are computed at a time.
+      description: of the progress bar.
+
+    Returns:
+      A line that says what was done.
+    """
+    rows, bad = open_rows(output), Lines(pathlib.Path(output + ".bad.jsonl"))
+    known = rows.done() | bad.done()
+    numbers = [at for at, path in enumerate(paths) if path not in known]
+    failed = 0
+
+    def read(at: int) -> np.ndarray | DataError:
+        try:
+            pixels: np.ndarray = preprocessor.pixels([paths[at]])[0]
+            return pixels
+        except (DataError, OSError) as error:
+            return error if isinstance(error, DataError) else DataError(f"{paths[at]}: {error}")
+
+    with (
+        tqdm(
+            total=len(paths), initial=len(paths) - len(numbers), desc=description, unit="picture", disable=None
+        ) as bar,
+        concurrent.futures.ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool,
+    ):
+        # Batches stay in order and whole, so that a run in pieces computes what a run in one does.
+        batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+        ahead = iter(batches)
+        waiting = [[pool.submit(read, at) for at in batch] for batch in itertools.islice(ahead, _AHEAD)]
+        for batch in batches:
+            found = [future.result() for future in waiting.pop(0)]
+            waiting += [[pool.submit(read, at) for at in more] for more in itertools.islice(ahead, 1)]
+            good = [(at, x) for at, x in zip(batch, found, strict=True) if isinstance(x, np.ndarray)]
+            if good:
+                made = compute(np.stack([x for _, x in good]), [at for at, _ in good])
+                rows.add([{"path": paths[at]} | row for (at, _), row in zip(good, made, strict=True)])
+            if len(good) < len(batch):
+                pairs = zip(batch, found, strict=True)
+                bad.add([{"path": paths[at], "error": str(x)} for at, x in pairs if isinstance(x, DataError)])
+                failed += len(batch) - len(good)
+            bar.update(len(batch))
+    skipped = f", {len(paths) - len(numbers)} were there already" if len(numbers) < len(paths) else ""
+    unread = f"; {failed} could not be read, see {output}.bad.jsonl" if failed else ""
+    return f"{len(numbers) - failed} pictures{skipped}{unread}: {output}"

@@ -1,0 +1,182 @@
+"""`coca_jax.caption` and `coca_jax.embed` as scripts run them: real processes, files that cannot be read, a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pyarrow.parquet
+import pytest
+
+import coca_jax
+from coca_jax import config, pictures
+from coca_jax.data.records import DataError
+from coca_jax.data.tokenizer import Tokenizer
+from coca_jax.interop import exported
+from coca_jax.interop.weights import Weights
+from tests import pairs, tiny
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    tokenizer = Tokenizer.train([pairs.caption(*e) for e in pairs.examples()] * 20, vocab_size=300)
+    drawn = tiny.replace(tiny.MODEL, text__vocab_size=tokenizer.vocab_size)
+    folder = tmp_path_factory.mktemp("model") / "model"
+    exported.write(Weights(config.Config(model=drawn), tiny.parameters(drawn), tokenizer, 5), folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: pathlib.Path) -> pathlib.Path:
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    for at, (color, shape) in enumerate(pairs.examples()[:5]):
+        PIL.Image.fromarray(pairs.picture(color, shape)).save(folder / ("deep" if at % 2 else "") / f"{at}.png")
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff nothing more")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_captions_of_a_folder(
+    model: pathlib.Path, photos: pathlib.Path, tmp_path: pathlib.Path, run_python: Run
+) -> None:
+    out = tmp_path / "out.jsonl"
+    command = ["-m", "coca_jax.caption", str(photos), f"--checkpoint={model}", f"--output={out}", "--batch_size=2"]
+    options = ["--method=sample", "--returns=2", "--top_p=0.9", "--length=6", "--seed=4"]
+    done = run_python([*command, *options], devices=1)
+    assert "5 pictures; 1 could not be read" in done.stdout
+    rows = lines(out)
+    assert [pathlib.Path(row["path"]).name for row in rows] == ["0.png", "2.png", "4.png", "1.png", "3.png"]
+    coca = coca_jax.load(model)
+    order = pictures.find([str(photos)])
+    assert sorted(order) == sorted(row["path"] for row in [*rows, *lines(tmp_path / "out.jsonl.bad.jsonl")])
+    for row in rows[:2]:  # the same as from Python, whatever the batch
+        pixels = coca.preprocessor.pixels([row["path"]])
+        made = coca.caption_pixels(
+            pixels, numbers=[order.index(row["path"])], seed=4, method="sample", returns=2, top_p=0.9, length=6
+        )[0]
+        assert [c["text"] for c in row["captions"]] == [c.text for c in made]
+        for found, wanted in zip(row["captions"], made, strict=True):
+            assert found["log_prob"] == pytest.approx(wanted.log_prob, abs=1e-4)
+            assert found["similarity"] == pytest.approx(wanted.similarity, abs=1e-4)
+    (bad,) = lines(tmp_path / "out.jsonl.bad.jsonl")
+    assert bad["path"].endswith("torn.jpg") and "torn.jpg" in bad["error"]
+
+    # Half a line is what a kill leaves: it goes, and what is missing is made. Other batches round differently.
+    content = out.read_text()
+    out.write_text(content[: content.index("\n", 10) + 20])
+    done = run_python([*command, *options], devices=1)
+    assert "4 pictures, 2 were there already" in done.stdout
+    again = lines(out)
+    assert [[c["text"] for c in row["captions"]] for row in again] == [
+        [c["text"] for c in row["captions"]] for row in rows
+    ]
+    settings = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
+    assert (settings["method"], settings["top_p"], settings["step"]) == ("sample", 0.9, 5)
+    with pytest.raises(DataError, match=r"was begun with --method='sample', not 'greedy'"):
+        pictures.keep_settings(str(out), settings | {"method": "greedy"})
+
+
+def test_features_as_parquet_and_of_texts(
+    model: pathlib.Path, photos: pathlib.Path, tmp_path: pathlib.Path, run_python: Run
+) -> None:
+    out = tmp_path / "out.parquet"
+    command = ["-m", "coca_jax.embed", f"--checkpoint={model}"]
+    done = run_python([*command, str(photos), f"--output={out}", "--batch_size=3"], devices=1)
+    assert "5 pictures; 1 could not be read" in done.stdout
+    table = pyarrow.parquet.read_table(out)
+    paths, features = table["path"].to_pylist(), np.array(table["feature"].to_pylist(), np.float32)
+    coca = coca_jax.load(model)
+    np.testing.assert_allclose(features, coca.encode_image(paths), atol=1e-5)
+    assert sorted(p.name for p in out.iterdir()) == ["part-00000.parquet", "part-00001.parquet"]
+    (out / "part-00001.parquet").unlink()
+    done = run_python([*command, str(photos), f"--output={out}", "--batch_size=3"], devices=1)
+    again = pyarrow.parquet.read_table(out)
+    assert again["path"].to_pylist() == paths
+
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a red dot\n\na blue cross\na red dot\n")
+    done = run_python([*command, f"--texts={texts}", f"--output={tmp_path}/texts.jsonl"], devices=1)
+    rows = lines(tmp_path / "texts.jsonl")
+    assert [row["text"] for row in rows] == ["a red dot", "a blue cross"]
+    features = np.array([row["feature"] for row in rows])
+    np.testing.assert_allclose(features, coca.encode_text([row["text"] for row in rows]), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder, out = tmp_path / "many", tmp_path / "out.jsonl"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for at in range(400):
+        PIL.Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{at:03}.png")
+    command = [sys.executable, "-m", "coca_jax.caption", str(folder), f"--checkpoint={model}", f"--output={out}"]
+    command += ["--batch_size=2", "--length=6"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out.exists() and out.stat().st_size > 2000):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(lines(out)) if out.read_text().endswith("\n") else len(out.read_text().splitlines()) - 1
+    assert 0 < before < 400
+    subprocess.run(
+        command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=200
+    )
+    rows = lines(out)
+    assert [pathlib.Path(row["path"]).name for row in rows] == [f"{at:03}.png" for at in range(400)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.png"], "--checkpoint=PATH is needed"),
+        pytest.param(
+            ["--checkpoint={m}", "--output=o.jsonl"], "name pictures or folders of pictures", marks=pytest.mark.slow
+        ),
+        (["{m}/none.png", "--checkpoint={m}", "--output={t}/o.jsonl"], "none.png: no such file or folder"),
+        pytest.param(["{m}", "--checkpoint={m}", "--output={t}/o.jsonl"], "no picture in it", marks=pytest.mark.slow),
+        pytest.param(
+            ["{m}", "--checkpoint={m}", "--output={t}/o.csv"], "must end in .jsonl or .parquet", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["{p}", "--checkpoint={t}/none", "--output={t}/o.jsonl"],
+            "none: no such file or directory",
+            marks=pytest.mark.slow,
+        ),
+        (["{p}", "--checkpoint={m}", "--output={t}/o.jsonl", "--returns=3"], "greedy gives one"),
+    ],
+)
+def test_wrong_arguments_get_one_line(
+    model: pathlib.Path, tmp_path: pathlib.Path, run_python: Run, arguments: list[str], message: str
+) -> None:
+    picture = tmp_path / "p.png"
+    PIL.Image.fromarray(pairs.picture("red", "dot")).save(picture)
+    command = [argument.format(m=model, t=tmp_path, p=picture) for argument in arguments]
+    done = run_python(["-m", "coca_jax.caption", *command], devices=1, check=False)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
+
+
+def test_a_file_of_something_else_is_not_written_into(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "o.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(DataError, match="is not what was written here"):
+        pictures.open_rows(str(tmp_path / "o.jsonl")).done()
