@@ -229,7 +229,7 @@ def run(
                         f"config.evaluate.zero_shot={spec!r} has no labels: name a labelled source, or none"
                     )
                 called = zero_shot.class_names(classes.tolist(), source.class_names)
-                bar.total += sum(map(len, called)) * len(evaluate.prompts)
+                bar.total += sum(map(len, called)) * len(zero_shot.expand(evaluate.prompts))
                 features = zero_shot.class_features(encode, called, evaluate.prompts)
                 metrics |= _flat(zero_shot.classify(got.features[labelled], labels, features), "zero_shot")
                 metrics |= {"zero_shot/classes": float(len(classes)), "zero_shot/images": float(labelled.sum())}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from coca_jax.data.sources.prompts import imagenet
 from coca_jax.evaluate import retrieval
 
 
@@ -39,6 +40,7 @@ def class_features(
         raise ValueError(f"zero-shot classification needs classes and prompts, not {len(names)} and {len(prompts)}")
     if not all(names):
         raise ValueError(f"class {[bool(words) for words in names].index(False)} has no name: give each at least one")
+    prompts = expand(prompts)
     for prompt in prompts:
         if "{}" not in prompt:
             raise ValueError(f"the prompt {prompt!r} has no place for the name: write {{}} where it goes")
@@ -48,6 +50,11 @@ def class_features(
     starts = np.cumsum(sizes) - sizes
     mean = np.add.reduceat(np.asarray(features, np.float64), starts) / sizes[:, None]
     return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
+
+
+def expand(prompts: Sequence[str]) -> list[str]:
+    """The prompts, with those of CLIP for ImageNet in the place of `imagenet`."""
+    return [text for prompt in prompts for text in (imagenet()["prompts"] if prompt == "imagenet" else [prompt])]
 
 
 def classify(image_features: np.ndarray, labels: np.ndarray, features: np.ndarray) -> dict[str, float]:

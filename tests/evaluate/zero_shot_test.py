@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from coca_jax.data import emoji_art, sources
+from coca_jax.data.sources import Spec, prompts
 from coca_jax.evaluate import suite, zero_shot
 from tests.evaluate.shapes import World
 
@@ -106,3 +107,15 @@ def test_what_cannot_be_asked_is_refused():
         zero_shot.class_features(lambda texts: np.ones((len(texts), 2)), [["cat"], []], ["{}"])
     with pytest.raises(ValueError, match="no picture"):
         zero_shot.classify(np.ones((0, 2)), np.zeros(0, int), np.eye(2))
+
+
+def test_imagenet_has_clips_names_and_prompts() -> None:
+    known = prompts.imagenet()
+    assert len(known["classes"]) == 1000 and list(known["classes"]) == sorted(known["classes"])
+    assert known["classes"]["n01440764"] == "tench" and "CLIP" in known["source"]
+    texts = zero_shot.expand(["{}", "imagenet"])
+    assert len(texts) == 81 and texts[:2] == ["{}", "a bad photo of a {}."] and all("{}" in text for text in texts)
+    classes = prompts.read_classes(Spec.parse("folder:/nowhere?classes=imagenet"))
+    assert classes is not None and len(classes) == 2000
+    assert classes["n01440764"] == classes["0"] == ("n01440764", ("tench",))
+    assert classes["999"].names == ("toilet paper",)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
-from typing import SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 from etils import epath
 
@@ -16,6 +18,20 @@ OPTIONS = ("template", "templates", "classes")
 DEFAULT_TEMPLATE = "a photo of a {}."
 
 
+@functools.cache
+def imagenet() -> dict[str, Any]:
+    """CLIP's names of ImageNet's 1,000 classes by WordNet id, `classes`, its 80 `prompts`, and their `source`."""
+    found: dict[str, Any] = json.loads(importlib.resources.files("coca_jax.data").joinpath("imagenet.json").read_text())
+    return found
+
+
+class Class(NamedTuple):
+    """A class: what records of it carry as their label, and what it is called, one name or more."""
+
+    label: str
+    names: tuple[str, ...]
+
+
 class Prompted:
     """A source whose labels are turned into captions.
 
@@ -23,10 +39,10 @@ class Prompted:
       source: what is read.
       templates: each with a {} for the name. Where some are given they make the captions of every record that has a
         label; where none are, records that have captions keep them, and the others get DEFAULT_TEMPLATE.
-      classes: names by what the source calls a class; None where that is the name. Record.label is then the first.
+      classes: by what the source calls each; None where that is the name.
     """
 
-    def __init__(self, source: Source, templates: Sequence[str], classes: Mapping[str, tuple[str, ...]] | None):
+    def __init__(self, source: Source, templates: Sequence[str], classes: Mapping[str, Class] | None):
         self.source = source
         self._templates, self._classes = tuple(templates), classes
         self.name: str = source.name
@@ -34,7 +50,7 @@ class Prompted:
         self.attribution: str = source.attribution
         self.class_names: Mapping[str, Sequence[str]] | None = source.class_names
         if classes is not None:
-            self.class_names = {names[0]: list(names) for names in classes.values()}
+            self.class_names = {c.label: list(c.names) for c in classes.values()}
 
     def __len__(self) -> int:
         return len(self.source)
@@ -43,21 +59,22 @@ class Prompted:
         record = self.source[index]
         if not record.label:
             return record
-        names: Sequence[str] = (record.label,)
+        label = record.label
+        names: tuple[str, ...] = (record.label,)
         if self._classes is not None:
             if record.label not in self._classes:
                 raise BadExample(
                     "no_caption",
                     f"{self.name}: record {index} has the label {record.label!r}, which ?classes= does not name",
                 )
-            names = self._classes[record.label]
+            label, names = self._classes[record.label]
         elif self.class_names is not None:
-            names = self.class_names.get(record.label, names)
+            names = tuple(self.class_names.get(record.label, names))
         captions = record.captions
         if self._templates or not captions:
             # No str.format: templates and names are data.
             captions = tuple(t.replace("{}", n) for t in self._templates or (DEFAULT_TEMPLATE,) for n in names)
-        return record._replace(captions=captions, label=record.label if self._classes is None else names[0])
+        return record._replace(captions=captions, label=label)
 
     def __repr__(self) -> str:
         return f"Prompted({self.source!r})"
@@ -83,8 +100,11 @@ def read_templates(spec: Spec) -> tuple[str, ...]:
     return tuple(templates)
 
 
-def read_classes(spec: Spec) -> dict[str, tuple[str, ...]] | None:
-    """The names of classes in the file `?classes=`, by what the data call each class; None without the option.
+def read_classes(spec: Spec) -> dict[str, Class] | None:
+    """The classes of the file `?classes=`, by what the data call each; None without the option.
+
+    `?classes=imagenet` are ImageNet's with CLIP's names, by number (0 to 999) and by WordNet id (n01440764), which is
+    their label: two of the names, missile and sunglasses, are those of two classes.
 
     A JSON file maps the data's numbers or words to a name or a list of names, or lists names by number; of any other
     file line n (from 0) is the name of class n.
@@ -94,6 +114,9 @@ def read_classes(spec: Spec) -> dict[str, tuple[str, ...]] | None:
     """
     if not (path := spec.get("classes")):
         return None
+    if path == "imagenet":
+        known = [Class(wordnet, (name,)) for wordnet, name in imagenet()["classes"].items()]
+        return {key: c for number, c in enumerate(known) for key in (c.label, str(number))}
     text = files.read_settings(path, spec.text)
     if path.endswith(".json"):
         try:
@@ -105,7 +128,7 @@ def read_classes(spec: Spec) -> dict[str, tuple[str, ...]] | None:
         pairs = list(enumerate(text.splitlines()))
         while pairs and not pairs[-1][1].strip():
             pairs.pop()
-    classes: dict[str, tuple[str, ...]] = {}
+    classes: dict[str, Class] = {}
     owner: dict[str, str] = {}
     for key, value in pairs:
         names = tuple(
@@ -115,7 +138,7 @@ def read_classes(spec: Spec) -> dict[str, tuple[str, ...]] | None:
             raise DataError(f"{path}: class {key} has no name: write one, or a list of them")
         if (other := owner.setdefault(names[0], str(key))) != str(key):
             raise DataError(f"{path}: the classes {other} and {key} are both named {names[0]!r}: tell them apart")
-        classes[str(key)] = names
+        classes[str(key)] = Class(names[0], names)
     if not classes:
         raise DataError(f"{path} names no classes: write a name a line, or a JSON object of them")
     return classes
