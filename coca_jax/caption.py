@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
         flag.name: flag.value for flag in _OPTIONS if flag.value is not None
     }
     compiler.setup()
+    commandline.quiet()
     from coca_jax import pictures, pretrained
     from coca_jax.config import ConfigError
     from coca_jax.data.records import DataError

@@ -1,12 +1,13 @@
-"""The command line of `coca_jax.main` and `coca_jax.plan`: what is wrong with it is said in one line."""
+"""The command lines of `coca_jax.main` and the others: what is wrong with them is said in one line."""
 
 from __future__ import annotations
 
+import logging as std_logging
 import os
 import sys
 import traceback
 
-from absl import flags
+from absl import flags, logging
 
 from coca_jax import config
 
@@ -30,6 +31,14 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(0 if {"--help", "--helpshort", "--helpfull"} & set(argv) else done.code)
     except Exception as error:  # a recipe is a program: it may raise anything
         sys.exit(f"error: {_one_line(error)}")
+
+
+def quiet() -> None:
+    """The libraries' notes to themselves are not for the person at the terminal; their errors are."""
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(
+        lambda record: record.levelno >= std_logging.ERROR or "coca_jax" in record.pathname
+    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -25,13 +25,12 @@ from typing import Any
 
 from absl import app, flags
 
-from coca_jax import compiler
-from coca_jax.commandline import parse
+from coca_jax import commandline, compiler
 
 FORMATS = ("coca_jax", "open_clip", "stablehlo", "onnx")
 
-_INPUT = flags.DEFINE_string("input", None, "Weights: a workdir, an exported directory, or open_clip's files.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder or bucket that is written.")
+_INPUT = flags.DEFINE_string("input", "", "Weights: a workdir, an exported directory, or open_clip's files.")
+_OUTPUT = flags.DEFINE_string("output", "", "Folder or bucket that is written.")
 _TO = flags.DEFINE_enum("to", "coca_jax", FORMATS, "What is written.")
 _STEP = flags.DEFINE_integer("step", None, "Of a workdir: which checkpoint. The newest if left out.", lower_bound=0)
 _NAME = flags.DEFINE_string("name", "", "Of open_clip weights without a configuration: the model, e.g. coca_ViT-L-14.")
@@ -50,6 +49,7 @@ def main(argv: list[str]) -> None:
     if os.path.realpath(_INPUT.value) == os.path.realpath(_OUTPUT.value):
         sys.exit(f"error: --output={_OUTPUT.value} is --input: name another folder")
     compiler.setup()
+    commandline.quiet()
     from coca_jax.config import ConfigError
     from coca_jax.data.records import DataError
     from coca_jax.interop.weights import ConversionError
@@ -113,7 +113,7 @@ def _listing(folder: str) -> list[str]:
 
 
 def cli() -> None:
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=commandline.parse)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
     if bool(_TEXTS.value) == (len(argv) > 1):
         sys.exit("error: name pictures or folders of pictures, or give --texts=FILE, one of the two")
     compiler.setup()
+    commandline.quiet()
     from coca_jax import pictures, pretrained
     from coca_jax.config import ConfigError
     from coca_jax.data.records import DataError

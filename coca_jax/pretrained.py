@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from coca_jax import config, generate, sharding
@@ -218,9 +219,19 @@ def load(
 
 
 def read_weights(
-    path: epath.PathLike, *, step: int | None = None, tokenizer: epath.PathLike = "", name: str = ""
+    path: epath.PathLike,
+    *,
+    step: int | None = None,
+    tokenizer: epath.PathLike = "",
+    name: str = "",
+    mesh: Mesh | None = None,
 ) -> Weights:
-    """What `load` opens, as it was written. Arguments and errors as there."""
+    """What `load` opens, as it was written. Arguments and errors as there.
+
+    Args:
+      mesh: on which the parameters of a workdir are put as a training would; None: all on one device. Of other
+        directories they come as host arrays.
+    """
     path = checkpoint.absolute(path)
     is_ours = exported.is_exported(path)
     if is_ours or (path / "checkpoints").is_dir():
@@ -228,7 +239,7 @@ def read_weights(
         for argument, value in given.items():
             if value not in ("", None):
                 raise ConversionError(f"{argument}={value!r} says nothing of {path}, which holds its own: leave it out")
-        return exported.read(path) if is_ours else _read_workdir(path, step)
+        return exported.read(path) if is_ours else _read_workdir(path, step, mesh)
     if step is not None:
         raise ConversionError(f"step={step} is of workdirs, and {path} is none: leave it out")
     if not path.exists():
@@ -239,12 +250,13 @@ def read_weights(
     return open_clip.read(path, tokenizer=tokenizer, name=name)
 
 
-def _read_workdir(workdir: epath.Path, step: int | None) -> Weights:
+def _read_workdir(workdir: epath.Path, step: int | None, mesh: Mesh | None) -> Weights:
     c = checkpoint.read_config(workdir)
     if not (workdir / checkpoint.TOKENIZER_FILE).exists():
         raise checkpoint.CheckpointError(f"{workdir} has no {checkpoint.TOKENIZER_FILE}: copy it there from the run")
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        params, step = checkpoints.restore_parameters(states.abstract_parameters(c), step)
+        abstract = states.abstract_parameters(c) if mesh is None else states.placed_parameters(c, mesh)
+        params, step = checkpoints.restore_parameters(abstract, step)
     tokenizer = Tokenizer(workdir / checkpoint.TOKENIZER_FILE)
     tokenizer.check(c.model.text)
     return Weights(c, params, tokenizer, step)

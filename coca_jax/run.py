@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging as std_logging
 import signal
 import time
 import traceback
@@ -11,22 +10,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from absl import logging
 from etils import epath
-from jax.sharding import Mesh
 
-from coca_jax import config, distributed, sharding
-from coca_jax.apply import Apply
+from coca_jax import commandline, config, distributed, sharding, start
 from coca_jax.config import ConfigError
-from coca_jax.data import pipeline, sources
-from coca_jax.data.mixture import Mixture, open_mixture
+from coca_jax.data import sources
+from coca_jax.data.mixture import open_mixture
 from coca_jax.data.records import DataError
 from coca_jax.data.tokenizer import Tokenizer
-from coca_jax.evaluate import report, suite
+from coca_jax.evaluate import report
+from coca_jax.evaluator import Evaluator
 from coca_jax.train import checkpoint, loop
 from coca_jax.train import state as states
 from coca_jax.train.profile import Steps, read_steps
-from coca_jax.train.state import TrainState
 
 EXIT_STOPPED = 143  # 128 + SIGTERM: saved, and can go on
 
@@ -51,11 +47,11 @@ def run(
       timeout: seconds to wait for the other processes.
 
     Returns:
-      What to exit with: 0, EXIT_STOPPED, or one line that says what is wrong. In a job of several processes, a process
-      in which something is wrong prints that line and ends here, so that the others do not wait for it.
+      What to exit with: 0, EXIT_STOPPED, or what is wrong, in a line or a list. In a job of several processes, one
+      in which something is wrong prints that and ends here, so that the others do not wait for it.
     """
     started = time.monotonic()
-    _quiet()
+    commandline.quiet()
     try:
         c = config.from_config_dict(values)
         config.check(c)
@@ -94,12 +90,13 @@ def _run(
         | {f"the fingerprint of {s.name}": s.fingerprint() for s in (source, *held_out.values())}
         | {"the version of jax": jax.__version__, "evaluation alone": evaluate_only}
     )
+    begin_with = None if evaluate_only else start.read(c, workdir)
     _begin(c, workdir, tokenizer)
 
     abstract = states.abstract_parameters(c)
     sharding.warn_unsharded(abstract, mesh)
     parameters = states.parameter_count(abstract)
-    evaluator = _Evaluator(c, workdir, mesh, source, held_out, tokenizer)
+    evaluator = Evaluator(c, workdir, mesh, source, held_out, tokenizer)
     devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
     of_processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     _say(f"{parameters / 1e6:.1f}M parameters, {devices}{of_processes}, mesh {dict(mesh.shape)}")
@@ -114,12 +111,15 @@ def _run(
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         results = evaluator.from_checkpoint()
     else:
-        state = loop.train(c, workdir, mesh, source, tokenizer, evaluator, profile_steps)
+        if begin_with:
+            begin_with.tell(workdir)
+        params = begin_with.params if begin_with else None
+        state = loop.train(c, workdir, mesh, source, tokenizer, evaluator, profile_steps, params)
         results = evaluator.results or evaluator.of(state)
     if distributed.is_first():
         seconds = time.monotonic() - started
         report.write(workdir, c, results, parameters=parameters, seconds=seconds, attribution=source.attribution)
-        print(_summary(c, results.metrics))
+        print("\n".join(report.summary(c, results.metrics)))
         print(f"report: {page}")
     return 0
 
@@ -153,108 +153,10 @@ def _begin(c: config.Config, workdir: epath.Path, tokenizer: Tokenizer) -> None:
         )
 
 
-class _Evaluator:
-    """The evaluation that the loop calls; keeps what it found last, for the report."""
-
-    def __init__(
-        self,
-        c: config.Config,
-        workdir: epath.Path,
-        mesh: Mesh,
-        source: Mixture,
-        held_out: dict[str, sources.Source],
-        tokenizer: Tokenizer,
-    ) -> None:
-        self.results: suite.Results | None = None
-        self._c, self._workdir, self._mesh = c, workdir, mesh
-        self._source, self._held_out, self._tokenizer = source, held_out, tokenizer
-        self._apply = Apply(c, mesh, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
-
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        return self.of(state).metrics
-
-    def of(self, state: TrainState) -> suite.Results:
-        """Evaluates the moving average of the parameters where there is one."""
-        return self._run(state.params if state.ema is None else state.ema)
-
-    def from_checkpoint(self) -> suite.Results:
-        """Evaluates the newest checkpoint. Raises CheckpointError where there is none."""
-        abstract = states.abstract_parameters(self._c)
-        places = sharding.tree_shardings(abstract, abstract, self._mesh)
-        abstract = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places
-        )
-        with checkpoint.Checkpoints(self._workdir) as checkpoints:
-            return self._run(checkpoints.restore_parameters(abstract)[0])
-
-    def _run(self, params: states.Parameters) -> suite.Results:
-        c, apply = self._c, self._apply
-
-        def bind(function: Any, present: bool) -> Any:
-            return (lambda *arrays: function(params, *arrays)) if present else None
-
-        functions = suite.Functions(
-            encode_image=bind(apply.encode_image, apply.has_contrastive),
-            encode_text=bind(apply.encode_text, apply.has_contrastive),
-            caption_loss=bind(apply.caption_loss, apply.has_captioning),
-            generate=bind(apply.caption, apply.has_captioning),
-        )
-
-        place = sharding.batch_sharding(self._mesh)
-        shards = self._mesh.shape["replica"] * self._mesh.shape["fsdp"]
-        batch_size = -(-c.evaluate.batch_size // shards) * shards
-
-        def batches(source: sources.Source) -> Any:
-            loader = pipeline.eval_batches(
-                source,
-                self._tokenizer,
-                c.data,
-                image_size=c.model.image.size,
-                length=c.model.text.length,
-                batch_size=batch_size,
-                rows=pipeline.process_rows(place, batch_size),
-            )
-            return pipeline.place(loader, place, batch_size, c.data.prefetch)
-
-        self.results = suite.run(
-            functions,
-            self._held_out,
-            self._tokenizer,
-            c,
-            batches,
-            reference=self._source,
-            reference_style=c.evaluate.reference_style,
-            cache=self._workdir / "pixel_baseline.json",
-            processes=suite.Processes(jax.process_index(), jax.process_count(), distributed.gather),
-        )
-        return self.results
-
-
 def _say(text: object) -> None:
     """Prints, from the first process."""
     if distributed.is_first():
         print(text)
-
-
-def _summary(c: config.Config, metrics: Mapping[str, float]) -> str:
-    """What the last evaluation found, for the terminal."""
-    lines = []
-    for name in suite.split_names(c.evaluate.splits).values():
-        for direction in ("image_to_text", "text_to_image"):
-            for kind in ("", "pixel/", "chance/"):
-                path = f"{name}/{kind}" + ("" if kind == "chance/" else f"{direction}/")
-                if f"{path}r1" in metrics:
-                    who = {"": "model", "pixel/": "nearest pixels", "chance/": "chance"}[kind]
-                    recalls = "  ".join(f"R@{k} {metrics[f'{path}r{k}']:.4f}" for k in (1, 5, 10))
-                    rank = f"median rank {metrics[f'{path}median_rank']:g}"
-                    lines.append(f"{name:14} {direction:13} {who:14} {recalls}  {rank}")
-        if f"{name}/caption_loss" in metrics:
-            loss, perplexity = metrics[f"{name}/caption_loss"], metrics[f"{name}/perplexity"]
-            lines.append(f"{name:14} captioning loss {loss:.3f}, perplexity {perplexity:.2f}")
-    if "zero_shot/top1" in metrics:
-        top1, top5, chance = (metrics[f"zero_shot/{key}"] for key in ("top1", "top5", "chance/top1"))
-        lines.append(f"zero-shot      top-1 {top1:.4f}, top-5 {top5:.4f}, chance {chance:.4f}")
-    return "\n".join(lines)
 
 
 def _tokenizer(c: config.Config, source: sources.Source) -> Tokenizer:
@@ -264,11 +166,3 @@ def _tokenizer(c: config.Config, source: sources.Source) -> Tokenizer:
             f"config.data.tokenizer is empty and {c.data.train!r} brings none: set it to a SentencePiece model file"
         )
     return Tokenizer(path)
-
-
-def _quiet() -> None:
-    """The libraries' notes to themselves are not for the person at the terminal; their errors are."""
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(
-        lambda record: record.levelno >= std_logging.ERROR or "coca_jax" in record.pathname
-    )

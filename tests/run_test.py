@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import runpy
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import coca_jax
-from coca_jax import config, run
+from coca_jax import config, evaluation, run
 from coca_jax.config import ConfigError
 from coca_jax.interop.weights import ConversionError
 from coca_jax.model import flops
@@ -205,3 +206,49 @@ def test_captions_of_every_kind_with_their_scores(workdir: pathlib.Path) -> None
         coca.caption(pictures, beamz=3)
     with pytest.raises(ValueError, match="2 prompts for 3 pictures"):
         coca.captions(pictures, ["a", "b"])
+
+
+def test_a_checkpoint_is_evaluated_by_itself(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, run_python: Callable[..., Any]
+) -> None:
+    out = tmp_path / "results"
+    command = ["-m", "coca_jax.evaluate", f"--checkpoint={workdir}", f"--output={out}"]
+    done = run_python(command, devices=1)
+    assert "shapes         image_to_text model" in done.stdout and "zero-shot      top-1" in done.stdout
+    found = json.loads((out / "results.json").read_text())
+    last = [line for line in read_lines(workdir / "metrics.jsonl") if "zero_shot/top1" in line][-1]
+    assert found.keys() == {key for key in last if key in found and "/pixel/" not in key}
+    for key, value in found.items():  # another program, compiled for another number of devices
+        assert value == pytest.approx(last[key], abs=0.02), key
+    assert {"shapes/image_to_text/r1", "zero_shot/top1", "shapes/caption_loss"} <= found.keys()
+    assert "<html" in (out / "shapes" / "report.html").read_text()
+
+    # Started again nothing is computed: what stands in the file is what is told.
+    kept = json.loads((out / "shapes" / "results.json").read_text())
+    kept["metrics"]["shapes/image_to_text/r1"] = 0.123
+    (out / "shapes" / "results.json").write_text(json.dumps(kept))
+    assert evaluation.run(None, str(workdir), str(out)) == 0
+    assert json.loads((out / "results.json").read_text())["shapes/image_to_text/r1"] == 0.123
+    # Half a file is what a kill may leave.
+    (out / "shapes" / "results.json").write_text(json.dumps(kept)[:100])
+    assert evaluation.run(None, str(workdir), str(out)) == 0
+    again = json.loads((out / "results.json").read_text())
+    assert again["shapes/image_to_text/r1"] == found["shapes/image_to_text/r1"]
+
+
+def test_every_caption_is_scored(recipe: Any, workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    c = recipe.copy_and_resolve_references()
+    c.evaluate.update(score_captions=True, zero_shot="")
+    assert evaluation.run(c, str(workdir), str(tmp_path), step=4) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert 0 <= found["shapes/captions/bleu_4"] <= 1
+    assert {"shapes/captions/cider", "shapes/captions/rouge_l"} <= found.keys()
+
+
+def test_what_cannot_be_evaluated_is_said(recipe: Any, workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    c = recipe.copy_and_resolve_references()
+    c.evaluate.update(splits=(), zero_shot="")
+    assert "name what to evaluate on" in str(evaluation.run(c, str(workdir), str(tmp_path)))
+    assert "no such file or directory" in str(evaluation.run(c, str(tmp_path / "none"), str(tmp_path)))
+    c.evaluate.splits = ("folder:/nowhere",)
+    assert "/nowhere" in str(evaluation.run(c, str(workdir), str(tmp_path)))

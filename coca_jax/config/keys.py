@@ -79,6 +79,15 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
+class Init:
+    """What a run begins from instead of the seed; of no effect when it goes on from a checkpoint."""
+
+    # File, or folder with one, of a vision transformer's weights: timm's, big_vision's, open_clip's or ours. What it
+    # does not have (poolers, text) is drawn from the seed; what it has is trained too, unless optimizer.freeze says no.
+    image_encoder: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Loss:
     """lambda_con * contrastive + lambda_cap * captioning (paper, equation 4). A weight of 0 removes that half."""
 
@@ -159,9 +168,10 @@ class Evaluate:
     every: int = 0  # steps; 0: only at the end
     splits: tuple[str, ...] = ()  # sources for retrieval and captioning loss
     zero_shot: str = ""  # labelled source
-    prompts: tuple[str, ...] = ("a photo of a {}.",)  # averaged per class
+    prompts: tuple[str, ...] = ("a photo of a {}.",)  # averaged per class; `imagenet` stands for CLIP's 80
     reference_style: str = ""  # of the training pictures that the pixel baseline looks names up in; empty: all
-    captions: int = 32  # pictures of the first split that are captioned
+    captions: int = 32  # pictures of the first split that are captioned for the report
+    score_captions: bool = False  # caption every picture of every split: CIDEr, BLEU, ROUGE-L
     batch_size: int = 256
     best: str = ""  # metric that keep-best goes by, e.g. seen/image_to_text/r1
 
@@ -181,6 +191,7 @@ class Config:
     microbatches: int = 1  # parts of the batch computed after one another: less memory, the same gradients; 1: off
     log_every: int = 50  # steps between lines in metrics.jsonl and TensorBoard
     model: Model = Model()
+    init: Init = Init()
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()

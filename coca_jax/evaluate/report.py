@@ -25,7 +25,6 @@ from coca_jax.evaluate import curves, retrieval, suite, template
 from coca_jax.evaluate.figures import ABSENT, duration, million, percent, plain
 
 REPORT_FILE = "report.html"
-REPORT_FILE = "report.html"
 
 _DIRECTIONS = ("image_to_text", "text_to_image")
 _THUMBNAIL = 96  # pixels
@@ -95,6 +94,32 @@ def write(
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def summary(c: config_lib.Config, metrics: Mapping[str, float]) -> list[str]:
+    """What an evaluation found, for the terminal: lines."""
+    lines = []
+    for name in suite.split_names(c.evaluate.splits).values():
+        for direction in ("image_to_text", "text_to_image"):
+            for kind in ("", "pixel/", "chance/"):
+                path = f"{name}/{kind}" + ("" if kind == "chance/" else f"{direction}/")
+                if f"{path}r1" in metrics:
+                    who = {"": "model", "pixel/": "nearest pixels", "chance/": "chance"}[kind]
+                    recalls = "  ".join(f"R@{k} {metrics[f'{path}r{k}']:.4f}" for k in (1, 5, 10))
+                    rank = f"median rank {metrics[f'{path}median_rank']:g}"
+                    lines.append(f"{name:14} {direction:13} {who:14} {recalls}  {rank}")
+        if f"{name}/captions/cider" in metrics:
+            scores = "  ".join(
+                f"{key} {metrics[f'{name}/captions/{key}']:.4f}" for key in ("cider", "bleu_4", "rouge_l")
+            )
+            lines.append(f"{name:14} captions      {scores}")
+        if f"{name}/caption_loss" in metrics:
+            loss, perplexity = metrics[f"{name}/caption_loss"], metrics[f"{name}/perplexity"]
+            lines.append(f"{name:14} captioning loss {loss:.3f}, perplexity {perplexity:.2f}")
+    if "zero_shot/top1" in metrics:
+        top1, top5, chance = (metrics[f"zero_shot/{key}"] for key in ("top1", "top5", "chance/top1"))
+        lines.append(f"zero-shot      top-1 {top1:.4f}, top-5 {top5:.4f}, chance {chance:.4f}")
+    return lines
 
 
 def _printable(value: Any) -> Any:

@@ -17,7 +17,7 @@ from coca_jax.data.images import Preprocessor
 from coca_jax.data.records import BadExample
 from coca_jax.data.sources import Source, Spec
 from coca_jax.data.tokenizer import Tokenizer
-from coca_jax.evaluate import captioning, pixels, retrieval, zero_shot
+from coca_jax.evaluate import caption_scores, captioning, pixels, retrieval, zero_shot
 
 # images uint8 [b, s, s, 3], tokens int32 [b, t], index int64 [b], valid bool [b], bad int64 (rows, or -1)
 Batch = Mapping[str, Any]
@@ -143,8 +143,9 @@ def run(
     Metrics, per split: `seen/images`, `seen/texts` (how many are ranked), `seen/image_to_text/r1` (r5, r10,
     median_rank), `seen/text_to_image/...`, `seen/chance/...`, `seen/pixel/image_to_text/...` and so on,
     `seen/caption_loss` (nats a token, against the caption in the batch), `seen/perplexity`; of the first split
-    `seen/caption_exact_match`, the share of the generated captions that is right word for word; and `zero_shot/top1`
-    with the rest of `zero_shot.classify`.
+    `seen/caption_exact_match`, the share of the generated captions that is right word for word; with
+    `config.evaluate.score_captions` of all pictures `seen/captions/cider` and the rest of `caption_scores.scores`; and
+    `zero_shot/top1` with the rest of `zero_shot.classify`.
 
     With several processes, each calls this with the same arguments and reads its share: the texts of every n-th record,
     and those rows of the pictures' batches that `batches` gives it.
@@ -202,7 +203,8 @@ def run(
             source, name = sources[spec], names.get(spec, "zero_shot")
             bar.set_description(name)
             is_first = functions.generate is not None and list(names)[:1] == [spec]
-            got = _forward(functions, batches(source), len(source), name, bar, losses=spec in names)
+            in_split, scores = spec in names, spec in names and evaluate.score_captions
+            got = _forward(functions, batches(source), len(source), name, bar, losses=in_split, captions=scores)
             bad = {row for rows in processes.gather(sorted(got.bad)) for row in rows}
             if bad:  # neither right nor wrong: they are left out of every figure, and counted
                 metrics[f"{name}/bad"] = float(len(bad))
@@ -217,6 +219,11 @@ def run(
                     queries += _queries(source, name, table, got.features, texts)
             if spec in names and functions.caption_loss is not None:
                 metrics |= _flat(captioning.summary(got.nll, got.tokens), name)
+            if scores and functions.generate is not None:
+                asked = [row for row, texts in enumerate(table.captions) if texts]
+                said = [tokenizer.decode(got.said[row].tolist()) for row in asked]
+                scored, _ = caption_scores.scores(said, [table.captions[row] for row in asked])
+                metrics |= _flat(scored, f"{name}/captions")
             if len(shown) and functions.generate is not None:
                 new = _captions(functions.generate, source, name, shown, tokenizer, config)
                 metrics[f"{name}/caption_exact_match"] = float(np.mean([caption.exact for caption in new]))
@@ -294,17 +301,18 @@ class _Forward:
     features: Array  # [m, d]
     nll: Array  # [m]
     tokens: Array  # [m]
+    said: Array  # [m, t] ids of generated captions, where they are asked for
     bad: list[int]  # rows whose picture could not be used, of those that this process has read
 
     def without(self, rows: Collection[int]) -> _Forward:
         kept = [row for row in range(len(self.nll)) if row not in rows]
-        return _Forward(self.features[kept], self.nll[kept], self.tokens[kept], [])
+        return _Forward(self.features[kept], self.nll[kept], self.tokens[kept], self.said[kept], [])
 
 
 def _forward(
-    functions: Functions, batches: Iterable[Batch], length: int, name: str, bar: tqdm, losses: bool
+    functions: Functions, batches: Iterable[Batch], length: int, name: str, bar: tqdm, *, losses: bool, captions: bool
 ) -> _Forward:
-    got = _Forward(np.zeros((length, 0)), np.zeros(length), np.zeros(length, np.int64), [])
+    got = _Forward(np.zeros((length, 0)), np.zeros(length), np.zeros(length, np.int64), np.zeros((length, 0)), [])
     covered = np.zeros(length, bool)
     for batch in batches:
         valid = batch["valid"]
@@ -317,6 +325,11 @@ def _forward(
         if losses and functions.caption_loss is not None:
             nll, tokens = functions.caption_loss(batch["images"], batch["tokens"])
             got.nll[index], got.tokens[index] = np.asarray(nll)[valid], np.asarray(tokens)[valid]
+        if captions and functions.generate is not None:
+            said = np.asarray(functions.generate(batch["images"]))[valid]
+            if not got.said.shape[1]:
+                got.said = np.zeros((length, said.shape[1]), np.int64)
+            got.said[index] = said
         got.bad += [row for row in batch["bad"].tolist() if row >= 0]
         covered[index] = True
         bar.update(len(index))

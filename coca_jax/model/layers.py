@@ -6,7 +6,8 @@ Axes: b batch, s queries of an attention (tokens), m its keys, d width, h heads,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -298,9 +299,11 @@ def stack(
       model: configuration.
       depth: layers, 1 or more.
       remat: policy, a key of config.REMAT.
-      scan_unroll: layers a scan step holds; 0 unrolls all.
+      scan_unroll: layers a scan step holds; 0 unrolls all; below 0 there is no scan (`Loop`).
       **block: attributes of Block.
     """
+    if scan_unroll < 0:
+        return Loop(model, depth, {k: v for k, v in block.items() if k != "name"}, name=block.get("name"))
     unrolled = scan_unroll == 0 or scan_unroll >= depth
     scanned = nn.scan(
         rematerialised(Block, remat, prevent_cse=unrolled),
@@ -311,6 +314,32 @@ def stack(
         unroll=depth if unrolled else scan_unroll,
     )
     return scanned(model, recompute=remat == "attention", **block)
+
+
+class Loop(nn.Module):
+    """What `stack` computes, of its parameters, as a Python loop: for programs to which a scan cannot be translated.
+
+    Only applied, never initialised.
+
+    Attributes:
+      model: configuration.
+      depth: layers.
+      block: attributes of Block.
+    """
+
+    model: config.Model
+    depth: int
+    block: Mapping[str, Any]
+
+    def __call__(self, x: Float[Array, "b s d"], cache: Cache | None, *rest: Any) -> tuple[Any, Cache | None]:
+        block = Block(self.model, **self.block, parent=None)
+        outputs = []
+        for layer in range(self.depth):
+            params = jax.tree.map(operator.itemgetter(layer), self.variables["params"])
+            old = jax.tree.map(lambda x, at=layer: jax.lax.index_in_dim(x, at, keepdims=False), cache)
+            x, new = block.apply({"params": params}, x, old, *rest)
+            outputs.append(new)
+        return x, jax.tree.map(lambda *leaves: jnp.concatenate([leaf[None] for leaf in leaves]), *outputs)
 
 
 def sincos(positions: Float[Array, " n"], width: int) -> Float[Array, "n d"]:

@@ -26,6 +26,7 @@ from coca_jax.data.tally import Tally
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.model import flops
 from coca_jax.sharding import batch_sharding
+from coca_jax.train import init
 from coca_jax.train import optimizer as optimizers
 from coca_jax.train import state as states
 from coca_jax.train.checkpoint import Checkpoints
@@ -53,6 +54,7 @@ def train(
     tokenizer: Tokenizer,
     evaluate: Evaluator | None = None,
     profile_steps: Steps | None = None,
+    begin_with: states.Parameters | None = None,
 ) -> TrainState:
     """Trains to `c.steps`, going on from the newest checkpoint of the workdir if there is one.
 
@@ -66,6 +68,7 @@ def train(
       tokenizer: of the captions.
       evaluate: called every `c.evaluate.every` steps and at the end; its metrics are written with the step's.
       profile_steps: traced into `workdir/profile`.
+      begin_with: parameters, some of the model's, numpy arrays, that a run without a checkpoint begins with.
 
     Returns:
       The state after the last step.
@@ -86,7 +89,10 @@ def train(
         _stop_signals() as asked_to_stop,
     ):
         abstract = states.abstract(c, optimizer, mesh)
-        state, place = checkpoints.restore(abstract, identity) or (states.real(c, optimizer, mesh), {"position": 0})
+        restored = checkpoints.restore(abstract, identity)
+        state, place = restored or (states.real(c, optimizer, mesh), {"position": 0})
+        if begin_with and not restored:
+            state = init.with_parameters(state, begin_with)
         first, position, tally = int(state.step), int(place["position"]), Tally(place.get("tally"))
         # A changed mixture holds from here on.
         schedule = Schedule.from_json(place.get("schedule", [[0, mixture.weights]])).changed(position, mixture.weights)

@@ -48,6 +48,16 @@ def abstract_parameters(c: config.Config) -> Parameters:
     return jax.eval_shape(lambda i, t: init_parameters(c, jax.random.key(0), i, t), images, tokens)
 
 
+def placed_parameters(c: config.Config, mesh: Mesh) -> Parameters:
+    """Shapes of the parameters and where each belongs on a mesh."""
+    shapes = abstract_parameters(c)
+    places = tree_shardings(shapes, shapes, mesh)
+    placed: Parameters = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+    )
+    return placed
+
+
 def init_parameters(c: config.Config, rng: Key[Array, ""], images: Any = None, tokens: Any = None) -> Parameters:
     """Parameters as a plain nested dict, drawn from a key."""
     image, text = c.model.image, c.model.text

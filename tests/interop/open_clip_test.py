@@ -289,7 +289,6 @@ def test_export_lists_everything_that_open_clip_cannot_be() -> None:
             "  config.model.image.position='sincos': open_clip has 'learned'",
             "  config.model.image.class_token=False: open_clip has True",
             "  config.model.image.patch_bias=True: open_clip has False",
-            "  config.model.image.pre_norm=False: open_clip has True",
             "  config.model.pooler.kind='parallel': open_clip has 'single'",
             "  config.model.text.position='sincos': open_clip has 'learned'",
             "  config.model.text.tie_embeddings=True: open_clip has False",

@@ -1,10 +1,6 @@
-"""open_clip's CoCa to and from ours: one table of names and layouts, read both ways.
+"""open_clip's tensors and our parameters: one table of names and layouts, read both ways.
 
-    model = open_clip.model_config("coca_ViT-B-32")
-    params = open_clip.import_parameters(safetensors.numpy.load_file(file), model)
-
-Facts about open_clip are those of open_clip_torch 3.3.0 (coca_model.py, model.py, transformer.py). A gradient converts
-like the parameter that it belongs to.
+A gradient converts like the parameter that it belongs to.
 
 Axes: d width, h heads, k head width, f MLP width, l layers, n image positions, t text positions, q queries,
 v vocabulary, e the contrastive space, y x c rows, columns and channels of a patch.
@@ -16,7 +12,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,18 +20,10 @@ import numpy as np
 from flax import traverse_util
 
 from coca_jax import config
+from coca_jax.interop.weights import ConversionError, Parameters
 from coca_jax.train import state
 
 Shape = tuple[int, ...]
-Parameters = dict[str, Any]
-
-
-class ConversionError(ValueError):
-    """What cannot be converted. The message lists every reason, one a line."""
-
-    def __init__(self, summary: str, reasons: Iterable[str]) -> None:
-        super().__init__("\n  ".join([summary, *reasons]))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
@@ -70,6 +58,7 @@ _KINDS = {"norm": _NORM, "mlp": _MLP, "attention": _ATTENTION, "split_attention"
 # A module or a tensor of open_clip's, ours, and its kind or its layout. `{i}` counts the layers, which we keep stacked.
 _TABLE = (
     ("logit_scale", "logit_scale", "->"),
+    ("logit_bias", "logit_bias", "->"),
     ("visual.conv1.weight", "image_encoder/patch_embedding/kernel", "yxcd->dcyx"),
     ("visual.class_embedding", "image_encoder/class_token", "d->d"),
     ("visual.positional_embedding", "image_encoder/position_embedding", "nd->nd"),
@@ -107,13 +96,12 @@ _TABLE = (
 )
 
 # What open_clip's CoCa always is, as keys of config.Model.
-_ALWAYS: dict[str, Any] = {
+ALWAYS: dict[str, Any] = {
     "norm_eps": 1e-5,
     "gelu": "exact",
     "image.position": "learned",
     "image.class_token": True,
     "image.patch_bias": False,
-    "image.pre_norm": True,
     "pooler.kind": "single",
     "text.position": "learned",
     "text.tie_embeddings": False,
@@ -139,8 +127,11 @@ def _rules(model: config.Model, shapes: Mapping[str, Shape]) -> list[_Rule]:
     # torch.nn.MultiheadAttention keeps query, key and value in one matrix exactly where they read the same width.
     fused = model.image.width == model.text.width
     kinds = {**_KINDS, "pooler_attention": _ATTENTION if fused else _SPLIT_ATTENTION}
+    absent = {"pre_norm": model.image.pre_norm, "logit_bias": model.logit_bias}  # what a model may do without
     rules = []
     for their_module, our_module, kind in _TABLE:
+        if not absent.get(our_module.split("/")[-1], True):
+            continue
         for theirs, ours, layout in kinds.get(kind, (("", ("",), kind),)):
             name = f"{their_module}.{theirs}" if theirs else their_module
             paths = tuple(f"{our_module}/{path}" if path else our_module for path in ours)
@@ -206,8 +197,7 @@ def export_parameters(params: Mapping[str, Any], model: config.Model) -> dict[st
         misshapen or of another dtype, all of them.
     """
     shapes = _shapes(model)
-    flat = traverse_util.flatten_dict(params, sep="/")
-    _check("the parameters do not fit the model", flat, shapes)
+    flat = check_parameters(params, model)
     tensors = {}
     for rule in _rules(model, shapes):
         parts = [np.asarray(flat[path]) for path in rule.paths]
@@ -217,10 +207,21 @@ def export_parameters(params: Mapping[str, Any], model: config.Model) -> dict[st
     return tensors
 
 
-@functools.lru_cache(maxsize=8)  # it traces the model
+def check_parameters(params: Mapping[str, Any], model: config.Model) -> dict[str, Any]:
+    """The parameters by path. Raises ConversionError, with all that is wrong, where they are not those of the model."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    _check("the parameters do not fit the model", flat, _our_shapes(model))
+    return flat
+
+
 def _shapes(model: config.Model) -> Mapping[str, Shape]:
-    """Our parameters' shapes by path."""
-    _check_expressible(model)
+    """Our parameters' shapes by path, of a model of open_clip's architecture."""
+    check_expressible(model)
+    return _our_shapes(model)
+
+
+@functools.lru_cache(maxsize=8)  # it traces the model
+def _our_shapes(model: config.Model) -> Mapping[str, Shape]:
     abstract = state.abstract_parameters(config.Config(model=model))
     return {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items()}
 
@@ -231,7 +232,7 @@ def _tensor_shapes(rules: Sequence[_Rule]) -> dict[str, Shape]:
 
 def _check(summary: str, arrays: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
     """Raises ConversionError, with everything that is wrong, unless the arrays are exactly those of `shapes`."""
-    reasons = _differences({name: np.shape(x) for name, x in arrays.items()}, shapes)
+    reasons = differences({name: np.shape(x) for name, x in arrays.items()}, shapes)
     for name in sorted(set(arrays) & set(shapes)):
         dtype = np.dtype(arrays[name].dtype)
         if not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize in (2, 4)):
@@ -240,7 +241,7 @@ def _check(summary: str, arrays: Mapping[str, Any], shapes: Mapping[str, Shape])
         raise ConversionError(f"{summary}, in {len(reasons)} places:", reasons)
 
 
-def _differences(given: Mapping[str, Sequence[int]], wanted: Mapping[str, Shape]) -> list[str]:
+def differences(given: Mapping[str, Sequence[int]], wanted: Mapping[str, Shape]) -> list[str]:
     return [
         *(f"unknown: {name} {tuple(given[name])}" for name in sorted(set(given) - set(wanted))),
         *(f"missing: {name} {wanted[name]}" for name in sorted(set(wanted) - set(given))),
@@ -252,11 +253,11 @@ def _differences(given: Mapping[str, Sequence[int]], wanted: Mapping[str, Shape]
     ]
 
 
-def _check_expressible(model: config.Model) -> None:
+def check_expressible(model: config.Model) -> None:
     """Raises ConversionError, with every reason, if open_clip's CoCa cannot be this model."""
     text = model.text
     reasons = []
-    for key, wanted in _ALWAYS.items():
+    for key, wanted in ALWAYS.items():
         if (value := config.get(config.Config(model=model), f"model.{key}")) != wanted:
             reasons.append(f"config.model.{key}={value!r}: open_clip has {wanted!r}")
     if text.width != model.embed_dim:
@@ -305,147 +306,3 @@ def _to_ours(layout: str, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[n
     return [
         piece.reshape([size[axis] for axis in order]).transpose(back) for piece, size in zip(pieces, sizes, strict=True)
     ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configurations
-
-# What is read of open_clip's configuration, by section, with its defaults.
-_READ: dict[str, dict[str, Any]] = {
-    "": {"embed_dim": 0, "init_logit_scale": math.log(1 / 0.07), "pad_id": 0},
-    "vision_cfg": {
-        **{"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0},
-        **{"attn_pooler_queries": 256, "attn_pooler_heads": 8},
-    },
-    "text_cfg": {
-        **{"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0},
-        **{"pad_id": 0},
-    },
-    "multimodal_cfg": {"context_length": 77, "width": 512, "heads": 8, "layers": 12},
-}
-# What must be true there; open_clip's default is False.
-_MUST_BE_TRUE = {"vision_cfg": ("attentional_pool", "output_tokens"), "text_cfg": ("embed_cls", "output_tokens")}
-# What may be written there though it is not read: it says what is the case anyway, or changes nothing that is computed.
-# Every other key must be off (None, False, 0): it asks for something that our model does not have.
-_HARMLESS = {
-    "": {"custom_text", "cast_dtype", *_READ},
-    "vision_cfg": {"pool_type=tok", "pos_embed_type=learnable", "patch_dropout", "final_ln_after_pool"},
-    "text_cfg": {"proj_type=linear", "pool_type", "eos_id", "final_ln_after_pool"}
-    | {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"},
-    "multimodal_cfg": {"vocab_size", "mlp_ratio", "dim_head", "n_queries", "attn_pooler_heads"}
-    | {"embed_cls", "output_tokens"},
-}
-
-
-def _published(embed_dim: int, heads: int, **vision: int) -> dict[str, Any]:
-    text = {"context_length": 76, "vocab_size": 49408, "width": embed_dim, "heads": heads, "layers": 12}
-    return {
-        "embed_dim": embed_dim,
-        "vision_cfg": {"image_size": 224, **vision, "attentional_pool": True, "output_tokens": True},
-        "text_cfg": {**text, "embed_cls": True, "output_tokens": True},
-        "multimodal_cfg": text,
-    }
-
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "coca_ViT-B-32": _published(512, 8, patch_size=32, width=768, layers=12),
-    "coca_ViT-L-14": _published(768, 12, patch_size=14, width=1024, layers=24),
-}
-
-
-def model_config(
-    open_clip_config: Mapping[str, Any] | str, tensors: Mapping[str, Sequence[int]] | None = None
-) -> config.Model:
-    """Our configuration of an open_clip CoCa, computing in float32.
-
-    Args:
-      open_clip_config: the `model_cfg` of an open_clip_config.json, with open_clip's defaults for what it leaves out;
-        or a name of CONFIGS.
-      tensors: names and shapes of a checkpoint, which are then compared with the configuration's.
-
-    Raises:
-      ConversionError: the configuration asks for what our model does not have, or the tensors do not fit it; every
-        reason is listed.
-      ConfigError: open_clip's sizes do not fit together, e.g. heads that do not divide a width.
-    """
-    if isinstance(open_clip_config, str):
-        if open_clip_config not in CONFIGS:
-            raise ConversionError(f"open_clip configuration {open_clip_config!r} is not built in; there are:", CONFIGS)
-        open_clip_config = CONFIGS[open_clip_config]
-    values, reasons = _read(open_clip_config)
-    if not reasons:
-        top, vision, text, decoder = (values[section] for section in _READ)
-        if vision["width"] % vision["head_width"]:
-            reasons.append(f"vision_cfg.head_width={vision['head_width']} does not divide width={vision['width']}")
-        for key in ("width", "heads"):
-            if decoder[key] != text[key]:
-                reasons.append(f"multimodal_cfg.{key}={decoder[key]}: must be text_cfg.{key}={text[key]}")
-        if decoder["context_length"] < text["context_length"]:
-            reasons.append(f"multimodal_cfg.context_length={decoder['context_length']}: is less than text_cfg's")
-        if top["pad_id"] != text["pad_id"]:
-            reasons.append(f"pad_id={top['pad_id']}: must be text_cfg.pad_id={text['pad_id']}")
-    if reasons:
-        raise ConversionError("this open_clip configuration cannot be converted:", reasons)
-    ours: dict[str, Any] = {
-        "embed_dim": top["embed_dim"],
-        "temperature": math.exp(-top["init_logit_scale"]),
-        "dtype": "float32",
-        "param_dtype": "float32",
-        "image": {
-            "size": vision["image_size"],
-            "patch": vision["patch_size"],
-            "width": vision["width"],
-            "depth": vision["layers"],
-            "heads": vision["width"] // vision["head_width"],
-            "mlp_dim": int(vision["width"] * vision["mlp_ratio"]),
-        },
-        "pooler": {"queries": vision["attn_pooler_queries"], "heads": vision["attn_pooler_heads"]},
-        "text": {
-            "vocab_size": text["vocab_size"],
-            "length": text["context_length"],  # [CLS] comes on top, there as here
-            "width": text["width"],
-            "heads": text["heads"],
-            "mlp_dim": int(text["width"] * text["mlp_ratio"]),
-            "n_uni": text["layers"],
-            "n_multi": decoder["layers"],
-            "pad_id": text["pad_id"],
-        },
-    }
-    for key, value in _ALWAYS.items():
-        *group, name = key.split(".")
-        (ours[group[0]] if group else ours)[name] = value
-    model = config.from_config_dict({"model": ours}).model
-    _check_expressible(model)
-    if tensors is not None and (reasons := _differences(tensors, tensor_shapes(model))):
-        raise ConversionError(f"the tensors do not fit the open_clip configuration, in {len(reasons)} places:", reasons)
-    return model
-
-
-def _read(given: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The values that are read, by section, and what is wrong."""
-    values: dict[str, dict[str, Any]] = {}
-    reasons = []
-    for section, defaults in _READ.items():
-        keys = given.get(section) if section else given
-        if not isinstance(keys, Mapping):
-            reasons.append(f"{section}={keys!r}: must be a group of keys")
-            continue
-        dot = section and f"{section}."
-        values[section] = {}
-        for key, default in defaults.items():
-            value = keys.get(key, default)
-            if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
-                value = value[0]  # image_size=[224, 224]
-            kinds, wanted = ((int, float), "number") if isinstance(default, float) else ((int,), "whole number")
-            if type(value) not in kinds or value < 0 or (value == 0 and key != "pad_id"):
-                reasons.append(f"{dot}{key}={value!r}: must be a {wanted} {'from' if key == 'pad_id' else 'above'} 0")
-            values[section][key] = value
-        required = _MUST_BE_TRUE.get(section, ())
-        for key in required:
-            if keys.get(key) is not True:
-                reasons.append(f"{dot}{key}={keys.get(key)!r}: must be True")
-        for key, value in keys.items():
-            known = key in defaults or key in required or not {key, f"{key}={value}"}.isdisjoint(_HARMLESS[section])
-            if value and not known:
-                reasons.append(f"{dot}{key}={value!r}: our model has no such thing, or open_clip does not")
-    return values, reasons

@@ -1,0 +1,188 @@
+"""The evaluation of a checkpoint by itself: each source after the other, kept as soon as it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from coca_jax import commandline, config, distributed, pretrained, sharding
+from coca_jax.config import ConfigError
+from coca_jax.data import sources
+from coca_jax.data.records import DataError
+from coca_jax.data.sources import Source
+from coca_jax.evaluate import report, suite
+from coca_jax.evaluator import Evaluator
+from coca_jax.interop.weights import ConversionError, Weights
+from coca_jax.train import state as states
+from coca_jax.train.checkpoint import CheckpointError, absolute
+
+RESULTS_FILE = "results.json"
+
+
+def run(
+    values: Mapping[str, Any] | None,
+    checkpoint: str,
+    output: str,
+    *,
+    step: int | None = None,
+    processes: Mapping[str, str] | None = None,
+    timeout: float = distributed.TIMEOUT,
+) -> int | str:
+    """Evaluates what `coca_jax.load` opens, and prints a table. Each process of a job calls it with the same arguments.
+
+    For each source a folder `OUTPUT/NAME` gets `results.json` and `report.html`, with pictures; `OUTPUT/results.json`
+    is all of them. Started again, sources that are done are not computed again.
+
+    Args:
+      values: a configuration, of which `evaluate` says what is done, `mesh` where, and `data` how the pictures are read
+        (what the model wants of them it knows itself); None: the checkpoint's own.
+      checkpoint: a workdir, an exported directory, open_clip's files.
+      output: folder or bucket.
+      step: of a workdir; None: the newest.
+      processes, timeout: as for a training.
+
+    Returns:
+      What to exit with: 0, or a text that says what is wrong.
+    """
+    commandline.quiet()
+    try:
+        given = None if values is None else config.from_config_dict(values)
+        distributed.initialize(processes, timeout)
+        return _run(given, checkpoint, absolute(output), step)
+    except (ConfigError, DataError, CheckpointError, ConversionError, distributed.DistributedError) as error:
+        return distributed.leave(f"error: {error}")
+
+
+def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step: int | None) -> int:
+    slices = sharding.slice_count()
+    mesh_keys = config.Mesh() if given is None else given.mesh
+    shape = config.mesh_shape(mesh_keys, jax.device_count(), slice_count=slices)
+    mesh = sharding.make_mesh(shape, dcn=config.dcn_shape(mesh_keys, slices))
+    weights = pretrained.read_weights(checkpoint, step=step, mesh=mesh)
+    c = _merged(weights, given)
+    config.check(c, jax.device_count(), slice_count=slices, platform=jax.default_backend())
+    if weights.tokenizer is None:
+        raise ConfigError(
+            f"--checkpoint={checkpoint} came without its tokenizer: convert it with --tokenizer=PATH first"
+        )
+    specs = dict.fromkeys([*c.evaluate.splits, *([c.evaluate.zero_shot] if c.evaluate.zero_shot else [])])
+    if not specs:
+        raise ConfigError(
+            "config.evaluate.splits and config.evaluate.zero_shot are empty: name what to evaluate on in --config, "
+            "e.g. --config.evaluate.splits=\"('folder:/data/coco/val2014',)\""
+        )
+    params = _place(weights, c, mesh)
+    names = suite.split_names(list(specs))
+    everything: dict[str, float] = {}
+    for spec, name in names.items():
+        one = dataclasses.replace(
+            c.evaluate,
+            splits=(spec,) if spec in c.evaluate.splits else (),
+            zero_shot=spec if spec == c.evaluate.zero_shot else "",
+        )
+        metrics = _evaluate(
+            dataclasses.replace(c, evaluate=one),
+            sources.open_source(spec),
+            output / name,
+            mesh,
+            params,
+            weights,
+            checkpoint,
+        )
+        everything |= {_renamed(key, spec, name): value for key, value in metrics.items()}
+    if distributed.is_first():
+        (output / RESULTS_FILE).write_text(json.dumps(everything, indent=1) + "\n")
+        print("\n".join(report.summary(c, everything)))
+        print(f"results: {output / RESULTS_FILE}")
+        for name in names.values():
+            print(f"page:    {output / name / report.REPORT_FILE}")
+    return 0
+
+
+def _merged(weights: Weights, given: config.Config | None) -> config.Config:
+    """The checkpoint's configuration with the given `evaluate` and `mesh`, and how data are read."""
+    c = weights.config
+    # The kernels belong to the machine that it was trained on.
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention="xla"))
+    if given is None:
+        return c
+    wants = {key: getattr(c.data, key) for key in ("mean", "std", "background", "eval_crop", "interpolation")}
+    return dataclasses.replace(
+        c,
+        evaluate=given.evaluate,
+        mesh=given.mesh,
+        data=dataclasses.replace(given.data, **wants),
+        batch_size=given.batch_size,
+    )
+
+
+def _place(weights: Weights, c: config.Config, mesh: jax.sharding.Mesh) -> states.Parameters:
+    def put(leaf: Any, like: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == like.sharding:
+            return leaf
+        host = np.asarray(leaf, like.dtype)
+        return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
+
+    return jax.tree.map(put, weights.params, states.placed_parameters(c, mesh))
+
+
+def _evaluate(
+    c: config.Config,
+    source: Source,
+    folder: epath.Path,
+    mesh: jax.sharding.Mesh,
+    params: states.Parameters,
+    weights: Weights,
+    checkpoint: str,
+) -> dict[str, float]:
+    """The measures on one source, from the folder where they are there already."""
+    assert weights.tokenizer is not None
+    identity = {
+        "checkpoint": checkpoint,
+        "step": weights.step,
+        "source": source.fingerprint(),
+        "evaluate": dataclasses.asdict(c.evaluate),
+    }
+    path = folder / RESULTS_FILE
+    if known := distributed.gather(_known(path, json.loads(json.dumps(identity))))[0]:
+        return dict(known)
+    started = time.monotonic()
+    spec = next(iter((*c.evaluate.splits, c.evaluate.zero_shot)))
+    results = Evaluator(c, folder, mesh, None, {spec: source}, weights.tokenizer).of_parameters(params)
+    if distributed.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        report.write(
+            folder,
+            c,
+            results,
+            parameters=states.parameter_count(params),
+            seconds=time.monotonic() - started,
+            attribution=source.attribution,
+        )
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps({"identity": identity, "metrics": results.metrics}, indent=1) + "\n")
+        partial.replace(path)
+    return results.metrics
+
+
+def _known(path: epath.Path, identity: dict[str, Any]) -> dict[str, float] | None:
+    if not path.exists():
+        return None
+    try:
+        saved = json.loads(path.read_text())
+        return saved["metrics"] if saved["identity"] == identity else None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None  # half a file: what it held is computed again
+
+
+def _renamed(key: str, spec: str, name: str) -> str:
+    """A metric's name with the source's name among all, which another of the same name may have changed."""
+    alone = suite.split_names([spec])[spec]
+    return name + key.removeprefix(alone) if key.startswith(alone + "/") else key
