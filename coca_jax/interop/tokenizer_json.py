@@ -195,11 +195,13 @@ def _from_sentencepiece(library: Any, content: bytes) -> tuple[Any, dict[str, st
             norm.Replace(library.Regex("^ +| +$"), ""),
         ]
     )
+    unknown = "[^" + "".join(f"\\x{{{ord(x):x}}}" for x in letters) + "]"
     made.pre_tokenizer = pre.Sequence(
         [
             pre.Metaspace(replacement="▁", prepend_scheme="always", split=True),
-            # So that a name with an unknown letter in it is none either.
-            pre.Split(library.Regex("[^" + "".join(f"\\x{{{ord(x):x}}}" for x in letters) + "]+"), behavior="isolated"),
+            # So that a name with an unknown letter in it is none either. Unknown letters in a row are one unknown
+            # piece, but with bytes they are each spelled: there, a row of them could itself be a byte's name.
+            pre.Split(library.Regex(unknown if trainer.byte_fallback else f"{unknown}+"), behavior="isolated"),
         ]
     )
     made.decoder = decoders.Sequence(
