@@ -16,7 +16,15 @@ from tests import tiny
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 # Recipe -> devices that it is meant for. A recipe that is not named here fails the test of their names.
-RECIPES = {"coca_base": 256, "coca_large": 512, "coca_giant": 2048, "debug": 1, "emoji": 1, "quickstart": 1}
+RECIPES = {
+    "coca_base": 256,
+    "coca_large": 512,
+    "coca_giant": 2048,
+    "debug": 1,
+    "emoji": 1,
+    "evaluate": 1,
+    "quickstart": 1,
+}
 
 
 def recipe(name: str) -> Config:

@@ -107,8 +107,9 @@ def _weights_file(folder: epath.Path) -> epath.Path:
     others = [name for name in others if name != extras.REPLACED_FILE]
     if len(others) != 1:
         raise ConversionError(
-            f"{folder} holds no weights that are known (there are: {', '.join(others or names) or 'no files'}): name "
-            f"the file, or call it {WEIGHTS_FILE}"
+            f"{folder} holds no weights that are known (there are: {', '.join(others or names) or 'no files'}): it is "
+            "neither a workdir (config.json, checkpoints/), nor of coca_jax.convert (coca_jax.json), nor open_clip's "
+            f"(open_clip_config.json, {WEIGHTS_FILE}); name the file of the weights itself if it is another"
         )
     return folder / others[0]
 
