@@ -80,8 +80,11 @@ def _run(
             "config.data.train is empty: set it to a source, e.g. --config.data.train=emoji:train (built in, prepared "
             "by `python -m coca_jax.data.prepare emoji`) or --config.data.train=array_record:/data/train-*.array_record"
         )
+    begun = start.read(c, workdir, mesh, parameters=not evaluate_only)
+    c = begun.config
+    config.check(c, jax.device_count(), slice_count=slices, platform=jax.default_backend())
     source = open_mixture(c.data.train)
-    tokenizer = _tokenizer(c, source)
+    tokenizer = _tokenizer(c, source, begun.tokenizer)
     tokenizer.check(c.model.text)
     held_out = {spec: sources.open_source(spec) for spec in (*c.evaluate.splits, c.evaluate.zero_shot) if spec}
     leaves = jax.tree_util.tree_leaves_with_path(dataclasses.asdict(c))
@@ -90,7 +93,6 @@ def _run(
         | {f"the fingerprint of {s.name}": s.fingerprint() for s in (source, *held_out.values())}
         | {"the version of jax": jax.__version__, "evaluation alone": evaluate_only}
     )
-    begin_with = None if evaluate_only else start.read(c, workdir)
     _begin(c, workdir, tokenizer)
 
     abstract = states.abstract_parameters(c)
@@ -111,10 +113,8 @@ def _run(
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         results = evaluator.from_checkpoint()
     else:
-        if begin_with:
-            begin_with.tell(workdir)
-        params = begin_with.params if begin_with else None
-        state = loop.train(c, workdir, mesh, source, tokenizer, evaluator, profile_steps, params)
+        begun.tell(workdir)
+        state = loop.train(c, workdir, mesh, source, tokenizer, evaluator, profile_steps, begun.params)
         results = evaluator.results or evaluator.of(state)
     if distributed.is_first():
         seconds = time.monotonic() - started
@@ -159,7 +159,9 @@ def _say(text: object) -> None:
         print(text)
 
 
-def _tokenizer(c: config.Config, source: sources.Source) -> Tokenizer:
+def _tokenizer(c: config.Config, source: sources.Source, begun_with: Tokenizer | None) -> Tokenizer:
+    if begun_with is not None and not c.data.tokenizer:
+        return begun_with
     path = c.data.tokenizer or source.tokenizer_path
     if not path:
         raise ConfigError(

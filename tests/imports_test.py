@@ -38,7 +38,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "train": ("config", "sharding", "chips", "data", "model", "losses"),
     "interop": ("config", "data", "model", "train.state"),
     "plan": ("config", "commandline", "compiler", "chips", "sharding", "model", "train"),
-    "start": ("config", "distributed", "interop", "train"),  # weights from elsewhere that a run begins with
+    "start": ("config", "distributed", "data", "interop", "train", "pretrained"),  # what a run begins from
     "evaluator": ("config", "sharding", "distributed", "data", "apply", "evaluate", "train"),
     "evaluation": (
         *("config", "commandline", "sharding", "distributed", "data", "evaluate", "evaluator", "interop", "train"),

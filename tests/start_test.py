@@ -138,14 +138,15 @@ def test_devices_and_processes_make_no_difference(
 # Each process reads the file of that name in a folder of its own.
 _APART = """
 import os, sys, jax
-from coca_jax import config, distributed, start
+from coca_jax import config, distributed, sharding, start
 distributed.initialize()
+mesh = sharding.make_mesh((1, 2, 1))
 c = config.from_config_dict({"model": {"image": {
     "size": 16, "patch": 8, "width": 16, "depth": 1, "heads": 2, "mlp_dim": 16
 }}, "init": {"image_encoder": "vit.safetensors"}})
 os.chdir(os.path.join(sys.argv[1], str(jax.process_index())))
 try:
-    start.read(c, os.path.join(sys.argv[1], "run"))
+    start.read(c, os.path.join(sys.argv[1], "run"), mesh)
 except (config.ConfigError, distributed.DistributedError) as error:
     distributed.leave(f"error: {error}", patience=60)
 """

@@ -80,7 +80,17 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """What a run begins from instead of the seed; of no effect when it goes on from a checkpoint."""
+    """What a run begins from instead of the seed; of no effect when it goes on from a checkpoint of its own workdir."""
+
+    # What coca_jax.load opens: a workdir, an exported directory, open_clip's. Parameters are taken by their paths,
+    # learned positions resized; what it does not have is drawn from the seed.
+    checkpoint: str = ""
+    step: int = 0  # of a workdir; 0: the newest
+    # config: config.model and config.data's mean and std must agree with the checkpoint's | checkpoint: they, and how
+    # pictures are read, are the checkpoint's. The recipe's are attention, remat, scan_unroll and the size below.
+    model: str = "config"
+    image_size: int = 0  # with model=checkpoint: side of the input, pixels; 0: the checkpoint's
+    skip: tuple[str, ...] = ()  # patterns of parameter paths that are drawn from the seed all the same
 
     # File, or folder with one, of a vision transformer's weights: timm's, big_vision's, open_clip's or ours. What it
     # does not have (poolers, text) is drawn from the seed; what it has is trained too, unless optimizer.freeze says no.
@@ -111,7 +121,7 @@ class Optimizer:
     weight_decay: float = 0.01  # decoupled, times the learning rate
     decay_mask: str = r".*/(kernel|embedding)$"  # parameters (by path) that decay
     clip_norm: float = 1.0  # global gradient norm; 0: off
-    freeze: tuple[str, ...] = ()  # patterns of parameter paths that never change
+    freeze: tuple[str, ...] = ()  # patterns of parameter paths that never change: no gradients, no state
     ema_decay: float = 0.0  # moving average of the parameters, used by evaluation; 0: off
     state_dtype: str = "float32"  # float32 | bfloat16: what momentum is stored in; second moments are float32 always
 

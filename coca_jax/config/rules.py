@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from coca_jax.config.keys import Config, ConfigError, Model
+from coca_jax.config.keys import Config, ConfigError, Init, Model
 from coca_jax.config.mesh import divisors, mesh_shape
 from coca_jax.config.reading import get
 
@@ -29,6 +29,7 @@ CHOICES = {
     "model.pooler.kind": ("parallel", "cascade", "single"),
     "model.text.cls_mask": ("full", "legacy"),
     "model.gelu": ("tanh", "exact"),
+    "init.model": ("config", "checkpoint"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "loss.contrastive": ("softmax", "sigmoid"),
@@ -46,6 +47,7 @@ POSITIVE = (
     *("data.eval_crop", "evaluate.batch_size", "checkpoint.every", "checkpoint.keep"),
 )
 NOT_NEGATIVE = (
+    *("init.step", "init.image_size"),
     *("model.text.n_multi", "model.text.pad_id", "model.image.scan_unroll", "model.text.scan_unroll"),
     *("loss.lambda_con", "loss.lambda_cap", "loss.contrastive_tile", "loss.caption_chunk"),
     *("optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps"),
@@ -112,15 +114,17 @@ def check(
     if not all(0 <= value <= 255 for value in data.background):
         raise ConfigError(f"config.data.background={data.background} must be three numbers in 0..255: red, green, blue")
     for key, pattern in (
-        ("decay_mask", config.optimizer.decay_mask),
-        *(("freeze", pattern) for pattern in config.optimizer.freeze),
+        ("optimizer.decay_mask", config.optimizer.decay_mask),
+        *(("optimizer.freeze", pattern) for pattern in config.optimizer.freeze),
+        *(("init.skip", pattern) for pattern in config.init.skip),
     ):
         try:
             re.compile(pattern)
         except re.error as error:
             raise ConfigError(
-                f"config.optimizer.{key}: {pattern!r} is not a regular expression ({error}); an example: '.*/kernel$'"
+                f"config.{key}: {pattern!r} is not a regular expression ({error}); an example: '.*/kernel$'"
             ) from error
+    _check_init(config.init)
     if min(data.std) <= 0:
         raise ConfigError(f"config.data.std={data.std} must be more than 0 in every channel")
     if config.batch_size % config.microbatches:
@@ -156,6 +160,27 @@ def check(
         raise ConfigError(
             f"config.model.attention={config.model.attention!r} runs on a {needs}, and this is a {platform}: set it to "
             "'xla'"
+        )
+
+
+def _check_init(init: Init) -> None:
+    if init.checkpoint and init.image_encoder:
+        raise ConfigError(
+            f"config.init.checkpoint={init.checkpoint!r} and config.init.image_encoder={init.image_encoder!r} are both "
+            "set, and a run begins from one of them: set the other to ''"
+        )
+    for key in ("step", "image_size", "skip") if not init.checkpoint else ():
+        if value := getattr(init, key):
+            raise ConfigError(f"config.init.{key}={value!r} says nothing without config.init.checkpoint: set that too")
+    if init.model == "checkpoint" and not init.checkpoint:
+        raise ConfigError(
+            "config.init.model='checkpoint' and config.init.checkpoint is empty: set it to what the run begins from, "
+            "e.g. --config.init.checkpoint=runs/mine"
+        )
+    if init.model != "checkpoint" and init.image_size:
+        raise ConfigError(
+            f"config.init.image_size={init.image_size} is for config.init.model='checkpoint': set that, or "
+            "config.model.image.size instead"
         )
 
 

@@ -22,6 +22,7 @@ from coca_jax.data.images import Preprocessor
 from coca_jax.data.records import DataError
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import folders
+from coca_jax.interop.matching import HOW
 from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.train import state
 
@@ -30,8 +31,6 @@ VERSION = 1
 CONFIG_FILE = "coca_jax.json"
 WEIGHTS_FILE = "model.safetensors"
 
-# Keys of config.Model that change how a model is computed and not what: a reader is free in them.
-_NOT_WRITTEN = (*("attention", "image.remat", "image.scan_unroll", "pooler.remat", "text.remat", "text.scan_unroll"),)
 # Keys that came later: since which version they are written, and what a file without them means.
 _SINCE: dict[str, tuple[int, Any]] = {}
 
@@ -106,7 +105,7 @@ def read(folder: epath.PathLike) -> Weights:
 
 def _written_keys() -> list[str]:
     keys = traverse_util.flatten_dict(dataclasses.asdict(config.Model()), sep=".")
-    return [key for key in keys if key not in _NOT_WRITTEN]
+    return [key for key in keys if key not in HOW]  # a reader is free in those
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from coca_jax import config
+from coca_jax.train import frozen
 from coca_jax.train.state import abstract_parameters
 from coca_jax.train.step import loss_function
 
@@ -35,7 +36,8 @@ def _kept(c: config.Config, rows: int) -> int:
     }
 
     def backward(params: Any, batch: Any) -> Any:
-        return jax.vjp(lambda p: loss_function(c, p, batch)[0], params)[1]
+        trained, fixed = frozen.split(params, c.optimizer.freeze)
+        return jax.vjp(lambda p: loss_function(c, frozen.join(p, fixed), batch)[0], trained)[1]
 
     # The backward pass is a tree, whose leaves are what it needs of the forward pass.
     leaves = jax.tree.leaves(jax.eval_shape(backward, abstract_parameters(c), batch))

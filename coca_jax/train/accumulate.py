@@ -28,6 +28,7 @@ from coca_jax import config, losses
 from coca_jax.data.images import normalize
 from coca_jax.model.coca import CoCa, Output
 from coca_jax.sharding import shard, tree_shardings
+from coca_jax.train import frozen
 from coca_jax.train.state import Parameters
 
 Batch = dict[str, jax.Array]
@@ -56,18 +57,21 @@ def forward(
     return output, head
 
 
-def accumulated_gradients(c: config.Config, params: Parameters, batch: Batch) -> tuple[Parameters, Metrics]:
+def accumulated_gradients(
+    c: config.Config, trained: Parameters, fixed: Parameters, batch: Batch
+) -> tuple[Parameters, Metrics]:
     """Gradients and metrics of a global batch, `c.microbatches` parts after one another.
 
     With `lambda_con` 0 there is no first pass; with `lambda_cap` 0 the decoder's captioning half is not computed.
 
     Args:
       c: configuration; `c.microbatches` divides b.
-      params: of the model.
+      trained, fixed: the model's parameters, as `frozen.split` parts them.
       batch: `images` uint8 `[b, size, size, 3]`, `tokens` int32 `[b, t]`.
 
     Returns:
-      float32 gradients, each placed on the mesh like its parameter, and the metrics of `losses.total`.
+      float32 gradients of those that are trained, each placed on the mesh like its parameter, and the metrics of
+      `losses.total`.
     """
     weights, pad_id, count = c.loss, c.model.text.pad_id, c.microbatches
     halves = {"contrastive": weights.lambda_con > 0, "captioning": weights.lambda_cap > 0}
@@ -79,13 +83,17 @@ def accumulated_gradients(c: config.Config, params: Parameters, batch: Batch) ->
         cut = {name: jax.lax.dynamic_index_in_dim(x, at, axis=1, keepdims=False) for name, x in parts.items()}
         return {name: shard(x, "batch", *(None,) * (x.ndim - 1)) for name, x in cut.items()}
 
+    def whole_model(trained: Parameters) -> Parameters:
+        return frozen.join(trained, fixed)
+
     numbers = jnp.arange(count)
     slopes = None  # of the contrastive loss with respect to the features, the logit scale and whatever else it reads
     if halves["contrastive"]:
 
         def embed(_: None, at: jax.Array) -> tuple[None, Output]:
             with jax.named_scope("microbatch_embed"):
-                return None, _embedding(forward(c, params, part(at), contrastive=True, captioning=False)[0])
+                features = forward(c, whole_model(trained), part(at), contrastive=True, captioning=False)[0]
+                return None, _embedding(features)
 
         def contrastive(stacked: Output) -> tuple[jax.Array, Metrics]:
             alone = dataclasses.replace(weights, lambda_cap=0.0)
@@ -98,9 +106,9 @@ def accumulated_gradients(c: config.Config, params: Parameters, batch: Batch) ->
     tokens = jnp.sum(split(losses.targets(batch["tokens"], pad_id)[1], count), axis=(0, 2))
     shares = tokens / jnp.maximum(jnp.sum(tokens), 1.0)
 
-    def surrogate(params: Parameters, at: jax.Array, slope: Output | None, share: jax.Array) -> tuple[Any, jax.Array]:
+    def surrogate(trained: Parameters, at: jax.Array, slope: Output | None, share: jax.Array) -> tuple[Any, jax.Array]:
         """Its gradient, summed over the microbatches, is the loss's; also this microbatch's part of the captioning."""
-        output, head = forward(c, params, part(at), **halves)
+        output, head = forward(c, whole_model(trained), part(at), **halves)
         value = captioning = jnp.zeros((), jnp.float32)
         # Products and sums, not a dot product: its operands would be rounded to bfloat16 on a TPU, the gradients too.
         for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(_embedding(output)), strict=True):
@@ -114,11 +122,11 @@ def accumulated_gradients(c: config.Config, params: Parameters, batch: Batch) ->
 
     def accumulate(total: Parameters, step: Any) -> tuple[Parameters, jax.Array]:
         with jax.named_scope("microbatch_gradients"):
-            gradients, captioning = jax.grad(surrogate, has_aux=True)(params, *step)
-            total = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, _placed(gradients, params))
-            return _placed(total, params), captioning
+            gradients, captioning = jax.grad(surrogate, has_aux=True)(trained, *step)
+            total = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, _placed(gradients, trained))
+            return _placed(total, trained), captioning
 
-    zeros = _placed(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), params)
+    zeros = _placed(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained), trained)
     gradients, captioning = jax.lax.scan(accumulate, zeros, (numbers, slopes, shares))
     if halves["captioning"]:
         metrics["loss/captioning"] = jnp.sum(captioning)

@@ -68,7 +68,7 @@ def train(
       tokenizer: of the captions.
       evaluate: called every `c.evaluate.every` steps and at the end; its metrics are written with the step's.
       profile_steps: traced into `workdir/profile`.
-      begin_with: parameters, some of the model's, numpy arrays, that a run without a checkpoint begins with.
+      begin_with: parameters, some of the model's, that a run without a checkpoint begins with.
 
     Returns:
       The state after the last step.

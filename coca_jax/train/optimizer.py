@@ -13,6 +13,7 @@ import optax.contrib
 from coca_jax import config
 from coca_jax.config import ConfigError
 from coca_jax.sharding import parameter_axes, path_of
+from coca_jax.train import frozen
 
 
 def schedule(c: config.Optimizer, steps: int) -> optax.Schedule:
@@ -39,7 +40,7 @@ def schedule(c: config.Optimizer, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.GradientTransformation:
-    """The whole chain: clip, scale, decay, learning rate, frozen parameters.
+    """The whole chain: clip, scale, decay, learning rate; of the parameters that `c.freeze` leaves to train.
 
     It computes in float32. `c.state_dtype` is what the momentum is stored in (Adafactor's, AdamW's and Muon's alike);
     second moments are float32 always. bfloat16 takes 2 bytes a parameter less, and rounds the momentum to 8 bits at
@@ -49,11 +50,17 @@ def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.Gr
     Args:
       c: configuration.
       steps: of the whole run, for the schedule.
-      parameters: the parameters or their shapes, for the masks.
+      parameters: all parameters or their shapes, for the masks. The transformation is of `frozen.split(...)[0]`.
 
     Raises:
       ConfigError: a freeze pattern matches no parameter, or every parameter.
     """
+    for pattern in c.freeze:
+        if not any(jax.tree.leaves(matching(parameters, [pattern]))):
+            raise ConfigError(f"config.optimizer.freeze: {pattern!r} matches no parameter; see the list of parameters")
+    parameters, _ = frozen.split(parameters, c.freeze)
+    if not parameters:
+        raise ConfigError(f"config.optimizer.freeze={c.freeze} freezes every parameter: nothing is left to train")
     momentum = jnp.dtype(c.state_dtype)
     parts = [optax.clip_by_global_norm(c.clip_norm)] if c.clip_norm else []
     if c.name == "adafactor":
@@ -85,17 +92,7 @@ def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.Gr
     if c.weight_decay:
         parts.append(optax.add_decayed_weights(c.weight_decay, matching(parameters, [c.decay_mask])))
     parts.append(optax.scale_by_learning_rate(schedule(c, steps)))
-    optimizer = in_float32(optax.chain(*parts))
-    if not c.freeze:
-        return optimizer
-    for pattern in c.freeze:
-        if not any(jax.tree.leaves(matching(parameters, [pattern]))):
-            raise ConfigError(f"config.optimizer.freeze: {pattern!r} matches no parameter; see the list of parameters")
-    frozen = matching(parameters, c.freeze)
-    if all(jax.tree.leaves(frozen)):
-        raise ConfigError(f"config.optimizer.freeze={c.freeze} freezes every parameter: nothing is left to train")
-    labels = jax.tree.map(lambda stop: "frozen" if stop else "trained", frozen)
-    return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+    return in_float32(optax.chain(*parts))
 
 
 def matching(parameters: Any, patterns: Any) -> Any:

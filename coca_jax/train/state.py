@@ -15,6 +15,7 @@ from jaxtyping import Array, Int, Key
 from coca_jax import config
 from coca_jax.model.coca import CoCa
 from coca_jax.sharding import tree_shardings
+from coca_jax.train import frozen
 
 Parameters = dict[str, Any]
 
@@ -26,7 +27,7 @@ class TrainState:
     Attributes:
       step: updates made so far.
       params: parameters by path.
-      opt_state: optax's.
+      opt_state: optax's, of the parameters that are trained.
       ema: moving average of the parameters in float32, or None.
       rng: the run's key; what a step draws is keyed on (rng, step).
     """
@@ -79,7 +80,7 @@ def create(c: config.Config, optimizer: optax.GradientTransformation) -> TrainSt
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(frozen.split(params, c.optimizer.freeze)[0]),
         # float32 even of bfloat16 parameters: the share of a step in a slow average is less than bfloat16 can add.
         ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32), params) if c.optimizer.ema_decay else None,
         rng=run_key,

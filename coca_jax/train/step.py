@@ -14,6 +14,7 @@ from coca_jax import config, losses
 from coca_jax.data.records import REASONS
 from coca_jax.model.coca import MAX_LOG_SCALE
 from coca_jax.sharding import batch_sharding, replicated
+from coca_jax.train import frozen
 from coca_jax.train.accumulate import Batch, Metrics, accumulated_gradients, forward
 from coca_jax.train.optimizer import schedule
 from coca_jax.train.state import Parameters, TrainState
@@ -33,10 +34,15 @@ def loss_function(c: config.Config, params: Parameters, batch: Batch) -> tuple[j
 
 
 def gradients_of(c: config.Config, params: Parameters, batch: Batch) -> tuple[Parameters, Metrics]:
-    """Gradients of the global batch's loss, and its metrics: at once, or microbatch by microbatch."""
+    """Gradients of the global batch's loss with respect to what is trained, and its metrics.
+
+    At once, or microbatch by microbatch. Of frozen parameters there are none: the backward pass ends where nothing
+    before it is trained.
+    """
+    trained, fixed = frozen.split(params, c.optimizer.freeze)
     if c.microbatches > 1:
-        return accumulated_gradients(c, params, batch)
-    return jax.grad(lambda p: loss_function(c, p, batch), has_aux=True)(params)
+        return accumulated_gradients(c, trained, fixed, batch)
+    return jax.grad(lambda p: loss_function(c, frozen.join(p, fixed), batch), has_aux=True)(trained)
 
 
 def train_step(
@@ -50,15 +56,18 @@ def train_step(
     gradients, metrics = gradients_of(c, state.params, batch)
     # The norm and all that the optimiser makes of bfloat16 gradients (of bfloat16 parameters) is computed in float32.
     gradients = optax.tree.cast(gradients, jnp.float32)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    if "logit_scale" in params:
-        params["logit_scale"] = jnp.clip(params["logit_scale"], 0.0, MAX_LOG_SCALE)
+    trained, fixed = frozen.split(state.params, c.optimizer.freeze)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    if "logit_scale" in trained:
+        trained["logit_scale"] = jnp.clip(trained["logit_scale"], 0.0, MAX_LOG_SCALE)
     ema = state.ema
     if ema is not None:
         # Early on the average forgets faster, so that it does not remember the initialisation.
         decay = jnp.minimum(c.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
+        averaged, same = frozen.split(ema, c.optimizer.freeze)
+        averaged = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, averaged, trained)
+        ema = frozen.join(averaged, same)
     metrics |= {
         "gradient_norm": optax.tree.norm(gradients),
         "update_norm": optax.tree.norm(updates),
@@ -70,7 +79,7 @@ def train_step(
         problem = jax.lax.optimization_barrier((batch["problem"], metrics["update_norm"], metrics["loss"]))[0]
         reasons = 1 + jnp.arange(len(REASONS), dtype=problem.dtype)
         metrics["problems"] = jnp.sum(problem[:, None] == reasons[None], axis=0, dtype=jnp.int32)
-    return TrainState(state.step + 1, params, opt_state, ema, state.rng), metrics
+    return TrainState(state.step + 1, frozen.join(trained, fixed), opt_state, ema, state.rng), metrics
 
 
 def compile_step(

@@ -8,7 +8,7 @@ from typing import Any
 
 Shape = tuple[int, ...]
 
-LOADED, SKIPPED, INITIALISED = "loaded", "skipped", "initialised"
+LOADED, RESIZED, SKIPPED, INITIALISED = "loaded", "resized", "skipped", "initialised"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +16,12 @@ class Line:
     """One parameter of ours, or one tensor of the file that has no place among them.
 
     Attributes:
-      status: loaded | skipped | initialised.
-      name: loaded, initialised: our parameter's path; skipped: the tensor's name.
+      status: loaded | resized | skipped | initialised.
+      name: loaded, resized, initialised: our parameter's path; skipped: the tensor's name.
       shape: of what the name says.
-      tensors: loaded: the file's tensors that it is made of.
-      shown: loaded: these in short, `blocks.{0..11}.norm1.weight`.
-      detail: loaded: what was done to fit it; skipped, initialised: why.
+      tensors: loaded, resized: the file's tensors that it is made of.
+      shown: loaded, resized: these in short, `blocks.{0..11}.norm1.weight`.
+      detail: loaded, resized: what was done to fit it; skipped, initialised: why.
     """
 
     status: str
@@ -38,19 +38,21 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Each parameter of our encoder once, loaded or initialised; each tensor of the file in a loaded line or skipped.
+    """Each parameter of ours once, loaded, resized or initialised; each of the file's tensors in those or skipped.
 
     Attributes:
       file: that was read.
       layout: timm | big_vision | open_clip | coca_jax.
-      lines: in the order loaded, initialised, skipped.
-      notes: in what the encoder differs from the one that the weights are from, and what the file does not tell.
+      lines: in the order loaded and resized, initialised, skipped.
+      notes: in what the model differs from the one that the weights are from, and what the file does not tell.
+      of_what: is filled.
     """
 
     file: str
     layout: str
     lines: tuple[Line, ...]
     notes: tuple[str, ...] = ()
+    of_what: str = "image encoder"
 
     def of(self, status: str) -> list[Line]:
         return [line for line in self.lines if line.status == status]
@@ -71,14 +73,16 @@ class Report:
 
     def brief(self) -> str:
         """A few lines: counts, what was changed to fit or not loaded and why, the notes."""
-        loaded = self.of(LOADED)
-        values = sum(math.prod(line.shape) for line in loaded)
-        first = f"image encoder from {self.file} ({self.layout}): {len(loaded)} parameters loaded, {values:,} numbers"
+        loaded, resized = self.of(LOADED), self.of(RESIZED)
+        values = sum(math.prod(line.shape) for line in loaded + resized)
+        more = f" and {len(resized)} resized" if resized else ""
+        counts = f"{len(loaded)} parameters loaded{more}, {values:,} numbers"
+        first = f"{self.of_what} from {self.file} ({self.layout}): {counts}"
         return "\n".join([first, *self._rest()])
 
     def _rest(self) -> list[str]:
         rest = []
-        for status in (LOADED, INITIALISED, SKIPPED):
+        for status in (LOADED, RESIZED, INITIALISED, SKIPPED):
             names: dict[str, list[str]] = {}
             for line in (line for line in self.of(status) if line.detail):
                 names.setdefault(line.detail, []).append(line.name)
