@@ -102,6 +102,8 @@ def initialize(flags: Mapping[str, str] | None = None, timeout: float = TIMEOUT)
             ) from error
         jax.device_count()  # the devices of all are told to all
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
+    if not is_first():
+        logging.set_verbosity(logging.WARNING)  # what goes well is told by one
 
 
 def find_job(flags: Mapping[str, str], environment: Mapping[str, str], in_cluster: bool = False) -> Job | None:

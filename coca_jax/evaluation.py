@@ -14,10 +14,9 @@ from etils import epath
 
 from coca_jax import commandline, config, distributed, pretrained, sharding
 from coca_jax.config import ConfigError
-from coca_jax.data import sources
 from coca_jax.data.records import DataError
 from coca_jax.data.sources import Source
-from coca_jax.evaluate import report, suite
+from coca_jax.evaluate import asked, report, suite
 from coca_jax.evaluator import Evaluator
 from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.train import state as states
@@ -72,14 +71,15 @@ def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step:
         raise ConfigError(
             f"--checkpoint={checkpoint} came without its tokenizer: convert it with --tokenizer=PATH first"
         )
-    specs = dict.fromkeys([*c.evaluate.splits, *([c.evaluate.zero_shot] if c.evaluate.zero_shot else [])])
-    if not specs:
+    opened = asked.open_sources(c.evaluate)
+    if not opened:
         raise ConfigError(
             "config.evaluate.splits and config.evaluate.zero_shot are empty: name what to evaluate on in --config, "
             "e.g. --config.evaluate.splits=\"('folder:/data/coco/val2014',)\""
         )
+    asked.check(c, opened, None)
     params = _place(weights, c, mesh)
-    names = suite.split_names(list(specs))
+    names = suite.split_names(list(opened))
     everything: dict[str, float] = {}
     for spec, name in names.items():
         one = dataclasses.replace(
@@ -89,7 +89,7 @@ def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step:
         )
         metrics = _evaluate(
             dataclasses.replace(c, evaluate=one),
-            sources.open_source(spec),
+            opened[spec],
             output / name,
             mesh,
             params,

@@ -16,11 +16,12 @@ from coca_jax import commandline, config, distributed, sharding, start
 from coca_jax.config import ConfigError
 from coca_jax.data import sources
 from coca_jax.data.mixture import open_mixture
-from coca_jax.data.records import DataError
+from coca_jax.data.records import DataError, named_in
 from coca_jax.data.tokenizer import Tokenizer
-from coca_jax.evaluate import report
+from coca_jax.evaluate import asked, report
 from coca_jax.evaluator import Evaluator
 from coca_jax.train import checkpoint, loop
+from coca_jax.train import optimizer as optimizers
 from coca_jax.train import state as states
 from coca_jax.train.profile import Steps, read_steps
 
@@ -83,10 +84,14 @@ def _run(
     begun = start.read(c, workdir, mesh, parameters=not evaluate_only)
     c = begun.config
     config.check(c, jax.device_count(), slice_count=slices, platform=jax.default_backend())
-    source = open_mixture(c.data.train)
+    with named_in("data.train", c.data.train):
+        source = open_mixture(c.data.train)
     tokenizer = _tokenizer(c, source, begun.tokenizer)
     tokenizer.check(c.model.text)
-    held_out = {spec: sources.open_source(spec) for spec in (*c.evaluate.splits, c.evaluate.zero_shot) if spec}
+    held_out = asked.open_sources(c.evaluate)
+    asked.check(c, held_out, source)
+    abstract = states.abstract_parameters(c)
+    optimizers.make_optimizer(c.optimizer, c.steps, abstract)  # says what is wrong with its patterns
     leaves = jax.tree_util.tree_leaves_with_path(dataclasses.asdict(c))
     distributed.check_same(
         {"config." + sharding.path_of(path).replace("/", "."): value for path, value in leaves}
@@ -95,7 +100,6 @@ def _run(
     )
     _begin(c, workdir, tokenizer)
 
-    abstract = states.abstract_parameters(c)
     sharding.warn_unsharded(abstract, mesh)
     parameters = states.parameter_count(abstract)
     evaluator = Evaluator(c, workdir, mesh, source, held_out, tokenizer)

@@ -90,6 +90,14 @@ BROKEN: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
         broken(model__logit_bias=-10.0),
         ("config.model.logit_bias=-10.0", "config.loss.contrastive='softmax'", "set it to 0"),
     ),
+    "no prompts": (
+        broken(evaluate__zero_shot="emoji:all", evaluate__prompts=()),
+        ("config.evaluate.prompts is empty", "config.evaluate.zero_shot='emoji:all'", "('a photo of a {}.',)"),
+    ),
+    "a prompt without a place": (
+        broken(evaluate__prompts=("imagenet", "a photo")),
+        ("config.evaluate.prompts: 'a photo'", "write {} where it goes", "'imagenet' for CLIP's"),
+    ),
     "batch": (broken(batch_size=12), ("config.batch_size=12", "8 shards", "near it: 8, 16")),
     "batch smaller than the mesh": (broken(batch_size=3), ("config.batch_size=3", "near it: 8, 16")),
     "microbatches": (broken(microbatches=3), ("config.microbatches=3", "config.batch_size=8", "it may be 1, 2, 4, 8")),

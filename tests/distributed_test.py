@@ -394,7 +394,8 @@ def test_a_run_goes_on_with_fewer_processes(
         wait_until(job, has_newer, moved, begun)
         for process in reversed(job):  # the first last: JAX ends the others when it is gone
             process.kill()
-        finish(job, expected=-signal.SIGKILL)
+        said = finish(job, expected=-signal.SIGKILL)
+        assert ["resumed" in text for text in said] == [begun > 0] + [False] * (count - 1)  # told by one
         assert begun < newest(moved) < 60
         begun = newest(moved)
     finish(launch([*settings, f"--workdir={moved}"], 1, devices=4))

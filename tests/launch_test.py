@@ -68,6 +68,14 @@ def test_help_works_from_any_folder_and_installs_nothing(tmp_path: pathlib.Path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("argument", ["--workdir=mine", "--workdir", "--config=configs/emoji.py"])
+def test_quickstart_has_its_own_folder_and_recipe(tmp_path: pathlib.Path, argument: str) -> None:
+    done = _run("bash", REPOSITORY / "launch/quickstart", argument, COCA_JAX_VENV=str(tmp_path / "venv"))
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    assert done.stderr.startswith(f"error: {argument}: ") and "WORKDIR=FOLDER" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("script", ["quickstart", "test"])
 @pytest.mark.parametrize("version", ["3.9", "2.7", "absent"])
 def test_wrong_python_is_refused_in_one_line(tmp_path: pathlib.Path, script: str, version: str) -> None:

@@ -87,6 +87,33 @@ def test_another_configuration_in_a_used_workdir_is_refused(recipe: Any, workdir
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"data.train": "folder:/nowhere"}, ("config.data.train='folder:/nowhere'", "no folder /nowhere")),
+        ({"data.train": "emjoi:train"}, ("config.data.train='emjoi:train'", "array_record")),
+        (
+            {"evaluate.splits": ("array_record:/nowhere/*",)},
+            ("config.evaluate.splits='array_record:/nowhere/*'", "no file matches"),
+        ),
+        ({"evaluate.zero_shot": "folder:/nowhere"}, ("config.evaluate.zero_shot='folder:/nowhere'",)),
+        ({"evaluate.reference_style": "ink"}, ("config.evaluate.reference_style='ink'", "the styles of", "are none")),
+        ({"optimizer.freeze": ("poolre/.*",)}, ("config.optimizer.freeze: 'poolre/.*' matches no parameter",)),
+        ({"model.text.vocab_size": 100}, ("config.model.text.vocab_size=100", "283 pieces")),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_only_the_data_can_tell_is_said_before_there_is_a_workdir(
+    recipe: Any, tmp_path: pathlib.Path, changes: dict[str, Any], wanted: tuple[str, ...]
+) -> None:
+    c = recipe.copy_and_resolve_references()
+    c.update_from_flattened_dict(changes)
+    said = str(run.run(c, str(tmp_path / "run")))
+    assert said.startswith("error: ") and "\n" not in said
+    assert [part for part in wanted if part not in said] == [], said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loaded_model_encodes_and_captions(workdir: pathlib.Path) -> None:
     coca = coca_jax.load(workdir)
     pictures = [pairs.picture(*e) for e in pairs.examples()[:3]]
@@ -250,5 +277,7 @@ def test_what_cannot_be_evaluated_is_said(recipe: Any, workdir: pathlib.Path, tm
     c.evaluate.update(splits=(), zero_shot="")
     assert "name what to evaluate on" in str(evaluation.run(c, str(workdir), str(tmp_path)))
     assert "no such file or directory" in str(evaluation.run(c, str(tmp_path / "none"), str(tmp_path)))
-    c.evaluate.splits = ("folder:/nowhere",)
-    assert "/nowhere" in str(evaluation.run(c, str(workdir), str(tmp_path)))
+    # The second of two, before the first is evaluated.
+    c.evaluate.splits = (recipe.evaluate.splits[0], "folder:/nowhere")
+    said = str(evaluation.run(c, str(workdir), str(tmp_path / "out")))
+    assert "config.evaluate.splits='folder:/nowhere': " in said and not (tmp_path / "out").exists()

@@ -127,6 +127,17 @@ def check(
     _check_init(config.init)
     if min(data.std) <= 0:
         raise ConfigError(f"config.data.std={data.std} must be more than 0 in every channel")
+    if config.evaluate.zero_shot and not config.evaluate.prompts:
+        raise ConfigError(
+            f"config.evaluate.prompts is empty and config.evaluate.zero_shot={config.evaluate.zero_shot!r} needs some: "
+            "set it to ('a photo of a {}.',)"
+        )
+    for prompt in config.evaluate.prompts:
+        if "{}" not in prompt and prompt != "imagenet":
+            raise ConfigError(
+                f"config.evaluate.prompts: {prompt!r} has no place for the name of the class: write {{}} where it "
+                "goes, as in 'a photo of a {}.', or 'imagenet' for CLIP's 80"
+            )
     if config.batch_size % config.microbatches:
         raise ConfigError(
             f"config.microbatches={config.microbatches} does not divide config.batch_size={config.batch_size}; it may "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import msgpack
@@ -15,6 +16,15 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 
 class DataError(ValueError):
     """Data that cannot be read or prepared. The message names the file or the value, and the fix."""
+
+
+@contextlib.contextmanager
+def named_in(key: str, value: str) -> Iterator[None]:
+    """Around the opening of what a key of the configuration names: a DataError then says which key, and its value."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"config.{key}={value!r}: {error}") from error
 
 
 # Why an example cannot be used, in the order in which the tallies list them.

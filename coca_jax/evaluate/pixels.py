@@ -63,13 +63,18 @@ def baselines(
 
         names, references = _pictures(reference, size, background, bar, useful)
         if style and style not in styles:
-            there = ", ".join(sorted(styles - {""})) or "none"
-            raise ValueError(f"config.evaluate.reference_style={style!r}: the styles of {reference.name} are {there}")
+            raise ValueError(no_such_style(style, reference, styles))
         for name, (captions, pictures) in held_out.items():
             distinct, image_to_text = retrieval.unique_texts(captions)
             known[keys[name]] = retrieval.pixel_baseline(pictures, image_to_text, distinct, references, names)
         _write(path, known)
     return {name: known[key] for name, key in keys.items()}
+
+
+def no_such_style(style: str, reference: Source, styles: set[str]) -> str:
+    """What is said where no record of the reference has the configured style."""
+    there = ", ".join(sorted(styles - {""})) or "none"
+    return f"config.evaluate.reference_style={style!r}: the styles of {reference.name} are {there}"
 
 
 def _pictures(

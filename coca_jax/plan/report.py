@@ -8,6 +8,13 @@ from coca_jax.plan.compiled import GIB
 from coca_jax.plan.estimate import Plan
 
 
+def figure(value: float) -> str:
+    """Three digits behind the point, none of what is large; of what is tiny the first two that count."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if value >= 0.01 or not value else f"{value:.1e}"
+
+
 def choice(plan: Plan) -> str:
     """The mesh, microbatches and remat policies of a plan, on one line."""
     replica, fsdp, tensor = plan.mesh
@@ -47,13 +54,14 @@ def page(plan: Plan, name: str) -> str:
     lines += [
         "",
         f"ESTIMATE, not a measurement (matrix products at {plan.efficiency:.0%} of the peak; see docs/planner.md)",
-        f"  {seconds['compute']:9.3f}  s compute",
-        f"  {seconds['memory']:9.3f}  s memory, {m.hbm / 1e9:.1f} GB read and written",
-        f"  {seconds['interconnect_overlapped']:9.3f}  s interconnect beside them",
-        f"  {seconds['interconnect_exposed']:9.3f}  s interconnect that is waited for",
-        f"  {plan.step_seconds:9.3f}  s a step: {rate:,.0f} images/s, {rate / topology.chips:.1f} a chip; "
+        f"  {figure(seconds['compute']):>9}  s compute",
+        f"  {figure(seconds['memory']):>9}  s memory, {m.hbm / 1e9:.1f} GB read and written",
+        f"  {figure(seconds['interconnect_overlapped']):>9}  s interconnect beside them",
+        f"  {figure(seconds['interconnect_exposed']):>9}  s interconnect that is waited for",
+        f"  {figure(plan.step_seconds):>9}  s a step: {rate:,.0f} images/s, {rate / topology.chips:.1f} a chip; "
         f"MFU {plan.mfu:.1%}",
-        f"  {plan.hours:9.1f}  hours for {plan.c.steps:,} steps: {plan.hours * topology.chips:,.0f} chip-hours",
+        f"  {figure(plan.hours):>9}  hours for {plan.c.steps:,} steps: {figure(plan.hours * topology.chips)} "
+        "chip-hours",
         "",
         f"compiled in {m.compile_seconds:.0f} s",
     ]
@@ -80,8 +88,8 @@ def table(plans: Sequence[Plan]) -> str:
         lines.append("  s/step    MFU  HBM GiB  chip-hours  (estimates; fastest first)")
     for p in fitting:
         assert p.step_seconds and p.mfu and p.hours
-        cost = p.hours * p.topology.chips
-        lines.append(f"{p.step_seconds:8.3f}  {p.mfu:5.1%}  {p.hbm_gib:7.2f}  {cost:10,.0f}  {choice(p)}")
+        step, cost = figure(p.step_seconds), figure(p.hours * p.topology.chips)
+        lines.append(f"{step:>8}  {p.mfu:5.1%}  {p.hbm_gib:7.2f}  {cost:>10}  {choice(p)}")
     for p in plans:
         if not p.fits:
             missing = f"{p.missing_gib:.2f} GiB too large" if p.missing_gib else p.measured.error

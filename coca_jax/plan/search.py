@@ -42,13 +42,12 @@ def possible(c: config.Config, choice: Choice, topology: Topology) -> bool:
 
 
 def meshes(topology: Topology) -> Iterator[tuple[int, int, int]]:
-    """Meshes of one slice worth trying: parameters over 8, 16, ... or all chips, tensor 1, then 2 and 4."""
+    """Meshes of one slice worth trying: parameters over 8, 16, ... chips, then over fewer; tensor 1, then 2 and 4."""
+    powers = [2**i for i in range(topology.slice_chips.bit_length())]
     for tensor in (1, 2, 4):
-        fsdp = 8
-        while fsdp * tensor <= topology.slice_chips:
+        for fsdp in (*(n for n in powers if n >= 8), *(n for n in reversed(powers) if n < 8)):
             if topology.slice_chips % (fsdp * tensor) == 0:
                 yield topology.slice_chips // (fsdp * tensor), fsdp, tensor
-            fsdp *= 2
 
 
 def search(c: config.Config, topology: Topology, plan: Callable[[config.Config], Plan | None]) -> list[Plan]:

@@ -3,13 +3,15 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
+import re
 import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
-from coca_jax.evaluate import pixels, retrieval, suite
+from coca_jax.config import ConfigError
+from coca_jax.evaluate import asked, pixels, retrieval, suite
 from tests.evaluate.shapes import COLORS, LENGTH, SIZE, World, unit
 
 WIDTH = 24
@@ -271,6 +273,19 @@ def test_sources_that_are_missing_or_unlabelled_are_refused(world):
     sources = world.sources | {spec: Unlabelled()}
     with pytest.raises(ValueError, match="has no labels: name a labelled source"):
         suite.run(whole(world), sources, world.tokenizer, world.config, world.batches, progress=False)
+    # The same before a training begins, for what it would measure.
+    with pytest.raises(ConfigError, match=re.escape(f"config.evaluate.zero_shot={spec!r} has no labels")):
+        asked.check(world.config, sources, None)
+    captioner = dataclasses.replace(world.config, loss=dataclasses.replace(world.config.loss, lambda_con=0.0))
+    asked.check(captioner, sources, None)
+
+
+def test_what_is_asked_for_is_opened_and_looked_at_before_a_training(world):
+    opened = asked.open_sources(world.config.evaluate)
+    assert list(opened) == list(world.config.evaluate.splits)  # the zero-shot source is one of them
+    asked.check(world.with_evaluate(reference_style="round").config, opened, world.reference)
+    with pytest.raises(ConfigError, match=r"config\.evaluate\.reference_style='flat': the styles of .* are round"):
+        asked.check(world.with_evaluate(reference_style="flat").config, opened, world.reference)
 
 
 def test_split_names():

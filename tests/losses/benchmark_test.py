@@ -24,6 +24,14 @@ def test_the_benchmark_prints_memory_and_time(run_python) -> None:
     assert "median, ms" in text
 
 
+def test_1024_captions_of_64_tokens_from_64000_take_an_eighth_and_less(run_python) -> None:
+    """What docs/log.md records; compiled, and not run."""
+    text = run_python(["-m", "benchmarks.losses", "--topology=cpu", "--only=captioning"], devices=1).stdout
+    assert "captioning: batch 1024, length 64, width 768, vocabulary 64000" in text
+    temporaries = table(text)
+    assert temporaries["captioning, chunks of 1024"] * 8 < temporaries["captioning, all at once"], text
+
+
 @pytest.mark.slow
 def test_a_batch_of_65536_fits_16_chips_of_v5e(run_python) -> None:
     if importlib.util.find_spec("libtpu") is None:

@@ -175,6 +175,27 @@ def test_the_search_finds_the_fastest_that_fits() -> None:
     assert table.index("remat outputs") < table.index("does not fit")
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("v5e:2x2", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)]),
+        (
+            "v5e:2x4",
+            [(1, 8, 1), (2, 4, 1), (4, 2, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2), (4, 1, 2), (1, 2, 4), (2, 1, 4)],
+        ),
+    ],
+)
+def test_small_slices_have_meshes_to_try_too(name: str, wanted: list[tuple[int, int, int]]) -> None:
+    assert list(search.meshes(topology.read(name))) == wanted
+    assert next(search.meshes(topology.read("v4:8x16x16"))) == (256, 8, 1)  # the promising ones first
+
+
+def test_figures_keep_digits_that_count() -> None:
+    assert [report.figure(x) for x in (95806.6, 999.0, 0.337, 0.0, 0.00042)] == [
+        *("95,807", "999.000", "0.337", "0.000", "4.2e-04"),
+    ]
+
+
 def test_the_search_takes_microbatches_where_nothing_else_fits_and_keeps_to_its_tries() -> None:
     def larger(c: config.Config) -> Plan:
         plan = compile_made_up(c)

@@ -17,6 +17,7 @@ from tests import tiny
 # Skewed on purpose: a mean per device, or per row, would weigh the long captions less.
 LENGTHS = [9, 9, 9, 9, 2, 2, 2, 3]
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
+OTHER_MESHES = [(4, 2, 1), (2, 4, 1), (4, 1, 2), (1, 4, 2)]  # with these, all of 8 devices; two heads split no further
 
 
 def run_step(c: config.Config, mesh_shape: tuple[int, int, int], steps: int = 2) -> tuple[Any, Any, Any]:
@@ -41,12 +42,12 @@ def run_step(c: config.Config, mesh_shape: tuple[int, int, int], steps: int = 2)
     return gradients, jax.tree.map(np.asarray, now.params), metrics
 
 
-def check_meshes() -> None:
+def check_meshes(meshes: list[tuple[int, int, int]] = MESHES) -> None:
     """Runs with 8 devices: each mesh against one device."""
     c = tiny.replace(tiny.CONFIG, optimizer__clip_norm=0.0)
     gradients, _, metrics = run_step(c, (1, 1, 1))
     assert optax.tree.norm(gradients) > 0.1
-    for mesh in MESHES:
+    for mesh in meshes:
         other_gradients, _, other_metrics = run_step(c, mesh)
         for one, other in zip(metrics, other_metrics, strict=True):
             assert one.keys() == other.keys()
@@ -61,8 +62,17 @@ def check_meshes() -> None:
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max() + 1e-6, err_msg=str(mesh))
 
 
+def check_other_meshes() -> None:
+    check_meshes(OTHER_MESHES)
+
+
 def test_eight_devices_equal_one(run_python) -> None:
     run_python(check_meshes, timeout=290)
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one_in_every_other_mesh(run_python) -> None:
+    run_python(check_other_meshes, timeout=600)
 
 
 def lowered(c: config.Config) -> tuple[str, Any, Any]:

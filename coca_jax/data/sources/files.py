@@ -134,7 +134,7 @@ def expand(location: str, where: str, skip: Callable[[str], bool] = lambda name:
     for protocol in {pattern.partition("://")[0] + "://" for pattern in wanted if is_remote(pattern)}:
         forget_listings(next(pattern for pattern in wanted if pattern.startswith(protocol)))
     if not wanted:
-        raise DataError(f"{where}: no file is named; name files that exist, e.g. in config.data.train")
+        raise DataError(f"{where}: no file is named; name files that exist")
     found: list[File] = []
     plain = [pattern for pattern in wanted if not glob.has_magic(pattern) or _exists(pattern)]
     with contextlib.ExitStack() as stack:
@@ -147,7 +147,7 @@ def expand(location: str, where: str, skip: Callable[[str], bool] = lambda name:
             which = "" if pattern == location else f" {pattern}"
             folder = not is_remote(pattern) and os.path.isdir(pattern)
             fix = f"it is a folder: write {pattern.rstrip('/')}/*" if folder else "name files that exist"
-            raise DataError(f"{where}: no file matches{which}; {fix}, e.g. in config.data.train")
+            raise DataError(f"{where}: no file matches{which}; {fix}")
         found += [file] if file else matches
     twice = [path for path, count in collections.Counter(file.path for file in found).items() if count > 1]
     if twice:

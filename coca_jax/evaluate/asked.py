@@ -1,0 +1,55 @@
+"""What an evaluation is asked for, opened and looked at before a training begins: at its end it would be too late."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from coca_jax.config import Config, ConfigError, Evaluate
+from coca_jax.data.records import BadExample, Record, named_in
+from coca_jax.data.sources import Source, open_source
+from coca_jax.evaluate import pixels
+
+
+def open_sources(evaluate: Evaluate) -> dict[str, Source]:
+    """Each of `evaluate.splits` and `evaluate.zero_shot`, by that string. Raises DataError, naming the key."""
+    opened: dict[str, Source] = {}
+    for key, spec in (*(("splits", spec) for spec in evaluate.splits), ("zero_shot", evaluate.zero_shot)):
+        if spec and spec not in opened:
+            with named_in(f"evaluate.{key}", spec):
+                opened[spec] = open_source(spec)
+    return opened
+
+
+def check(c: Config, sources: Mapping[str, Source], reference: Source | None) -> None:
+    """Refuses a zero-shot source without labels, and a style for the pixel baseline that the reference does not have.
+
+    It reads as far as the first record that has them.
+
+    Args:
+      c: configuration.
+      sources: of `open_sources`.
+      reference: the training source; None: there is no pixel baseline.
+
+    Raises:
+      ConfigError: what `suite.run` would refuse.
+    """
+    spec, style = c.evaluate.zero_shot, c.evaluate.reference_style
+    if not c.loss.lambda_con:  # then neither is measured
+        return
+    if spec and not any(record.label for record in _records(sources[spec])):
+        raise ConfigError(f"config.evaluate.zero_shot={spec!r} has no labels: name a labelled source, or none")
+    if style and c.evaluate.splits and reference is not None and len(reference) <= pixels.LIMIT:
+        styles = set()
+        for record in _records(reference):
+            styles.add(record.style)
+            if record.style == style:
+                return
+        raise ConfigError(pixels.no_such_style(style, reference, styles))
+
+
+def _records(source: Source) -> Iterator[Record]:
+    """Those that can be read."""
+    for row in range(len(source)):
+        with contextlib.suppress(BadExample):
+            yield source[row]
