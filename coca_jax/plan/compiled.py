@@ -189,6 +189,7 @@ def _abstract_batch(c: config.Config, place: Any) -> dict[str, Any]:
     return {
         "images": jax.ShapeDtypeStruct((c.batch_size, size, size, 3), jnp.uint8, sharding=place),
         "tokens": jax.ShapeDtypeStruct((c.batch_size, c.model.text.length), jnp.int32, sharding=place),
+        "problem": jax.ShapeDtypeStruct((c.batch_size,), jnp.int8, sharding=place),
     }
 
 

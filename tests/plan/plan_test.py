@@ -8,13 +8,17 @@ import pathlib
 import subprocess
 from collections.abc import Callable
 
+import jax
 import pytest
 
-from coca_jax import chips, config
+from coca_jax import chips, config, sharding
+from coca_jax.data import pipeline
+from coca_jax.data.sources import open_source
+from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.plan import compiled, report, search, topology
 from coca_jax.plan.compiled import GIB, Measured
 from coca_jax.plan.estimate import Plan
-from tests import tiny
+from tests import pairs, tiny
 
 # The fixture of tests/conftest.py.
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
@@ -66,6 +70,19 @@ def test_a_compilation_that_takes_too_long_is_ended() -> None:
     measured = compiled.measure(tiny.CONFIG, topology.read("v5e:2x2"), timeout=0.01)
     assert "not compiled in" in measured.error
     assert measured.compile_seconds < 30
+
+
+def test_the_batch_that_is_planned_with_is_the_pipelines(tmp_path: pathlib.Path) -> None:
+    source, tokenizer = pairs.write(tmp_path)
+    c = tiny.replace(tiny.CONFIG, model__text__vocab_size=300, model__text__length=16)
+    sizes = {"image_size": c.model.image.size, "length": 16, "batch_size": c.batch_size}
+    loader = pipeline.train_loader(open_source(source), Tokenizer(tokenizer), c.data, seed=0, **sizes)
+    place = sharding.batch_sharding(sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
+    batches = iter(pipeline.place(loader, place, c.batch_size))
+    real = {k: (v.shape, v.dtype, v.sharding) for k, v in next(batches).items() if k not in pipeline.HOST_KEYS}
+    batches.close()
+    planned = compiled._abstract_batch(c, place)
+    assert {k: (v.shape, v.dtype, v.sharding) for k, v in planned.items()} == real
 
 
 @pytest.mark.parametrize(
