@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any
 
@@ -57,7 +58,11 @@ def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.Gr
     """
     for pattern in c.freeze:
         if not any(jax.tree.leaves(matching(parameters, [pattern]))):
-            raise ConfigError(f"config.optimizer.freeze: {pattern!r} matches no parameter; see the list of parameters")
+            paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(parameters)]
+            near = ", ".join(difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0))
+            raise ConfigError(
+                f"config.optimizer.freeze: {pattern!r} matches no parameter's whole path; near it: {near}"
+            )
     parameters, _ = frozen.split(parameters, c.freeze)
     if not parameters:
         raise ConfigError(f"config.optimizer.freeze={c.freeze} freezes every parameter: nothing is left to train")

@@ -78,7 +78,9 @@ def test_frozen_parameters_do_not_move_and_have_no_moments(name: str) -> None:
 
 
 def test_wrong_freeze_patterns_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'image_encodr/.\*' matches no parameter"):
+    with pytest.raises(
+        ConfigError, match=r"'image_encodr/.\*' matches no parameter's whole path; near it: image_encoder/"
+    ):
         make_optimizer(config.Optimizer(freeze=("image_encodr/.*",)), 10, PARAMETERS)
     with pytest.raises(ConfigError, match="nothing is left to train"):
         make_optimizer(config.Optimizer(freeze=(".*",)), 10, PARAMETERS)
