@@ -46,8 +46,11 @@ def main(argv: list[str]) -> None:
     for flag in (_INPUT, _OUTPUT):
         if not flag.value:
             sys.exit(f"error: --{flag.name}=PATH is needed; --help says what it may be")
-    if os.path.realpath(_INPUT.value) == os.path.realpath(_OUTPUT.value):
+    source, target = os.path.realpath(_INPUT.value), os.path.realpath(_OUTPUT.value)
+    if source == target:
         sys.exit(f"error: --output={_OUTPUT.value} is --input: name another folder")
+    if source.startswith(os.path.join(target, "")):  # --overwrite would remove it
+        sys.exit(f"error: --input={_INPUT.value} lies in --output={_OUTPUT.value}: name another folder")
     compiler.setup()
     commandline.quiet()
     from coca_jax.config import ConfigError

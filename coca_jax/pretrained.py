@@ -16,7 +16,7 @@ from coca_jax import config, generate, sharding
 from coca_jax.apply import Apply
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.tokenizer import Tokenizer
-from coca_jax.interop import exported, open_clip
+from coca_jax.interop import exported, functions, open_clip
 from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.model.image_encoder import resize_parameters
 from coca_jax.train import checkpoint
@@ -247,6 +247,10 @@ def read_weights(
     begun = all((path / name).exists() for name in (checkpoint.CONFIG_FILE, checkpoint.TOKENIZER_FILE))
     if begun and not (path / "open_clip_config.json").exists():
         raise checkpoint.CheckpointError(f"{path} is a workdir without a checkpoint yet: train it first")
+    if kind := functions.kind_of(path):
+        raise ConversionError(
+            f"{path} holds compiled functions ({kind}), which docs/{kind}_coca.py runs: load what they are of"
+        )
     return open_clip.read(path, tokenizer=tokenizer, name=name)
 
 

@@ -24,6 +24,7 @@ def test_help_says_what_there_is(run_python: Callable[..., Any]) -> None:
         ([], "--input=PATH is needed"),
         (["--input=a"], "--output=PATH is needed"),
         (["--input={here}", "--output={here}/."], "is --input: name another folder"),
+        (["--input={here}/a", "--output={here}", "--overwrite"], "lies in --output={here}: name another folder"),
         (["--input=a", "--output=b", "c"], "unknown argument 'c'"),
         (["--input=a", "--output=b", "--to=torch"], "should be one of <coca_jax|open_clip|stablehlo|onnx>"),
         (["--input=a", "--output=b", "--ouput=c"], "Unknown command line flag 'ouput'"),
@@ -36,7 +37,7 @@ def test_wrong_arguments_get_one_line(
     command = [argument.format(here=tmp_path) for argument in arguments]
     done = run_python(["-m", "coca_jax.convert", *command], devices=1, check=False)
     assert done.returncode == 1
-    assert message in done.stderr
+    assert message.format(here=tmp_path) in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 

@@ -24,6 +24,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import traverse_util
 
 from coca_jax import config
@@ -255,6 +256,13 @@ def write_manifest(
         values["decoding"] = {"length": c.model.text.length, **ids, "never": never}
         values["decoding"]["carried"] = {NEW + name: name for name in GROWING}
     folders.write_json(folder / MANIFEST_FILE, values | more)
+
+
+def kind_of(folder: epath.PathLike) -> str:
+    """`stablehlo` or `onnx` of a folder that holds such functions; else nothing."""
+    path = epath.Path(folder) / MANIFEST_FILE
+    kind = str(folders.read_json(path).get("format")) if path.is_file() else ""
+    return kind.removeprefix("coca_jax/") if kind.startswith("coca_jax/") else ""
 
 
 def file(path: pathlib.Path) -> dict[str, Any]:

@@ -94,9 +94,12 @@ def test_every_mlp_width_comes_back(width: int, mlp_dim: int) -> None:
 # Files
 
 
-def test_a_directory_a_file_in_it_and_a_file_alone_are_the_same(tmp_path: pathlib.Path) -> None:
+def test_a_directory_a_file_in_it_and_a_file_alone_are_the_same(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = directory(tmp_path / "a")
     w = open_clip.read(folder, tokenizer="none")
+    assert not caplog.records
     assert w.tokenizer is None and w.step == 0
     assert w.config.loss.lambda_con == 1 and w.config.loss.lambda_cap == 2 and w.config.loss.contrastive == "softmax"
     np.testing.assert_array_equal(w.params["image_projection"]["kernel"], tensors()["visual.proj"])
@@ -107,6 +110,7 @@ def test_a_directory_a_file_in_it_and_a_file_alone_are_the_same(tmp_path: pathli
     told = open_clip.read(alone, tokenizer="none")
     assert bits(told) == bits(w)
     assert told.config.model == w.config.model
+    assert "heads: config.model.image.heads=1, pooler.heads=8 and text.heads=1 are taken" in caplog.text
 
 
 def test_files_that_are_missing_or_damaged(tmp_path: pathlib.Path) -> None:

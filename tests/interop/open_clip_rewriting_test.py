@@ -62,22 +62,33 @@ REWRITTEN: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-def parameters(model: config.Model) -> Any:
-    """Random, with norms around one; two poolers share what they must."""
+# Two poolers that share nothing, as in the paper.
+TWO_POOLERS: dict[str, dict[str, Any]] = {
+    "two poolers": {"pooler__kind": "parallel", "text__cross_kv_norm": False},
+    "two poolers and all else": {
+        **{"pooler__kind": "parallel", "text__cross_kv_norm": False, "image__pre_norm": False, "norm_eps": 1e-6},
+        **{"image__patch_bias": True, "image__position": "sincos", "text__position": "sincos", "embed_dim": 8},
+        **{"text__cross_mlp": False, "text__tie_embeddings": True, "text__mlp_dim": 24},
+    },
+}
+
+
+def parameters(model: config.Model, shared: bool = True) -> Any:
+    """Random, with norms around one; two poolers share all but their queries, or nothing."""
     params = tiny.parameters(model)
     flat = traverse_util.flatten_dict(params, sep="/")
     flat = {path: np.float32(1) + x if path.endswith("/scale") else x for path, x in flat.items()}
     for path in flat:
-        if path.startswith("contrastive_pooler/") and not path.endswith("query_tokens"):
+        if shared and path.startswith("contrastive_pooler/") and not path.endswith("query_tokens"):
             flat[path] = flat[path.replace("contrastive", "generative")].copy()
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def weights(changes: dict[str, Any], tokenizer: Tokenizer | None = None, step: int = 7) -> Weights:
+def weights(changes: dict[str, Any], tokenizer: Tokenizer | None = None, step: int = 7, shared: bool = True) -> Weights:
     model = tiny.replace(BASE, **changes)
     loss = config.Loss(contrastive="sigmoid" if model.logit_bias else "softmax")
     data = config.Data(mean=(0.1, 0.2, 0.3), background=(1, 2, 3), interpolation="pillow-bilinear")
-    return Weights(config.Config(model=model, loss=loss, data=data), parameters(model), tokenizer, step)
+    return Weights(config.Config(model=model, loss=loss, data=data), parameters(model, shared), tokenizer, step)
 
 
 @functools.cache  # most are rewritten as one architecture
@@ -135,13 +146,14 @@ def test_what_the_configuration_can_say(tmp_path: pathlib.Path, name: str) -> No
     assert {status for _, status, _ in open_clip.explain(w.config.model)} == {"expressible"}
 
 
-@pytest.mark.parametrize("name", REWRITTEN)
+@pytest.mark.parametrize("name", [*REWRITTEN, *TWO_POOLERS])
 def test_a_rewritten_model_computes_the_same_and_comes_back(tmp_path: pathlib.Path, name: str) -> None:
-    changes, tolerance = REWRITTEN[name]
-    w = weights(changes)
+    changes, tolerance = REWRITTEN[name] if name in REWRITTEN else (TWO_POOLERS[name], ROUNDING)
+    w = weights(changes, shared=name in REWRITTEN)
     back, theirs = travelled(w, tmp_path / "out")
     check_back(back, w)
     assert theirs.config.model != w.config.model
+    assert theirs.config.model.text.width == w.config.model.text.width * (1 if name in REWRITTEN else 2)
     found, wanted = outputs(theirs), outputs(w)
     size = w.config.model.embed_dim
     for key in ("image", "text"):  # what is behind is zero

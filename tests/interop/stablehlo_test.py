@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import coca_jax
 from coca_jax import generate
 from coca_jax.data.images import Preprocessor, normalize
 from coca_jax.data.tokenizer import Tokenizer
@@ -227,6 +228,11 @@ def test_the_example_names_a_damaged_file(tmp_path: pathlib.Path, folder: pathli
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(SystemExit, match=r"model\.safetensors is cut off or damaged"):
         runpy.run_path("docs/stablehlo_coca.py")["Model"](str(tmp_path / "out"))
+
+
+def test_load_says_what_it_is(folder: pathlib.Path) -> None:
+    with pytest.raises(ConversionError, match=r"holds compiled functions \(stablehlo\), which docs/stablehlo_coca\.py"):
+        coca_jax.load(folder)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from coca_jax.interop.tokenizer_json import PROBES
 from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.model.coca import CoCa
 from tests import tiny
-from tests.interop.open_clip_rewriting_test import BASE, REWRITTEN, parameters
+from tests.interop.open_clip_rewriting_test import BASE, REWRITTEN, TWO_POOLERS, parameters
 
 # The libraries warn of themselves; what is tested here is what they compute.
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
@@ -53,11 +53,11 @@ def sentencepiece() -> Tokenizer:
     return Tokenizer.train([*CAPTIONS, *(text for text in PROBES if text.strip())], vocab_size=600)
 
 
-def weights(tokenizer: Tokenizer, changes: dict[str, Any] | None = None) -> Weights:
+def weights(tokenizer: Tokenizer, changes: dict[str, Any] | None = None, shared: bool = True) -> Weights:
     sizes = {"text__vocab_size": tokenizer.vocab_size, "text__pad_id": tokenizer.pad_id, "text__length": 40}
     model = tiny.replace(BASE, **sizes, **(changes or {}))
     data = config.Data(mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28), interpolation="pillow-bicubic")
-    return Weights(config.Config(model=model, data=data), parameters(model), tokenizer)
+    return Weights(config.Config(model=model, data=data), parameters(model, shared), tokenizer)
 
 
 def difference(x: Any, reference: Any) -> float:
@@ -95,12 +95,20 @@ def picture(width: int, height: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "clip"])
-@pytest.mark.parametrize("changes", [{}, REWRITTEN["all"][0]], ids=["as it is", "rewritten"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("sentencepiece", {}),
+        ("clip", {}),
+        ("sentencepiece", REWRITTEN["all"][0]),
+        ("clip", TWO_POOLERS["two poolers and all else"]),
+    ],
+    ids=["sentencepiece", "clip", "rewritten", "two poolers"],
+)
 def test_open_clip_opens_what_is_written(tmp_path: pathlib.Path, kind: str, changes: dict[str, Any]) -> None:
     torch, open_clip = libraries()
     tokenizer = sentencepiece() if kind == "sentencepiece" else Tokenizer.clip()
-    w = weights(tokenizer, changes)
+    w = weights(tokenizer, changes, shared=changes is REWRITTEN["all"][0])
     ours.write(w, tmp_path / "out")
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     assert type(model).__name__ == "CoCa"

@@ -227,7 +227,8 @@ def inferred_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     mlp = shapes.get("visual.transformer.resblocks.0.mlp.c_fc.weight", ())
     if missing or 0 in depths or len(mlp) != 2:
         raise ConversionError(
-            "these are not the weights of open_clip's CoCa; tensors of one that are missing or of another rank:",
+            "these are not the weights of open_clip's CoCa (an image encoder alone is a start for training: "
+            "config.init.image_encoder); tensors of one that are missing or of another rank:",
             missing or ["visual.transformer.resblocks, text.transformer.resblocks or text_decoder.resblocks"],
         )
     width, _, patch, _ = shapes["visual.conv1.weight"]

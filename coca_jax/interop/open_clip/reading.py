@@ -13,7 +13,7 @@ from coca_jax import config
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import folders, tokenizer_json, torch_files
 from coca_jax.interop.open_clip import extras
-from coca_jax.interop.open_clip.configuration import inferred_config, model_config
+from coca_jax.interop.open_clip.configuration import CONFIGS, inferred_config, model_config
 from coca_jax.interop.open_clip.table import import_parameters
 from coca_jax.interop.weights import ConversionError, Weights
 
@@ -46,7 +46,7 @@ def read(path: epath.PathLike, *, tokenizer: epath.PathLike | None = None, name:
         `.pth`, `.bin` where PyTorch is installed. A configuration beside the file is its own.
       tokenizer: file of the vocabulary, where it is not beside the weights and is not CLIP's; `none`: go without.
       name: of open_clip's model, e.g. coca_ViT-L-14, where there is no configuration. Without it, it is inferred from
-        the shapes, which tell all but the heads.
+        the shapes, which tell all but the heads; a warning says so where they are those of no published model.
 
     Returns:
       float32 parameters of open_clip's architecture; or, of a directory that `write` made and nobody trained on, what
@@ -77,8 +77,8 @@ def read(path: epath.PathLike, *, tokenizer: epath.PathLike | None = None, name:
         params = import_parameters(tensors, model)
     except (ConversionError, config.ConfigError) as error:
         raise ConversionError(f"{file}: {error}") from error
-    if not described:
-        logging.info("%s: no %s, the model is told by %s", file, CONFIG_FILE, f"name={name}" if name else "its shapes")
+    if not described and not name:
+        _tell_inferred(file, model)
     data = _preprocessing(described.get("preprocess_cfg"), model.image.size, f"{folder}/{CONFIG_FILE}")
     loss = config.Loss(lambda_con=1.0, lambda_cap=2.0, contrastive="sigmoid" if model.logit_bias else "softmax")
     weights = Weights(config.Config(model=model, data=data, loss=loss), params, None)
@@ -91,6 +91,19 @@ def read(path: epath.PathLike, *, tokenizer: epath.PathLike | None = None, name:
         except config.ConfigError as error:
             raise ConversionError(f"{path}: its tokenizer does not fit the model: {error}") from error
     return Weights(weights.config, weights.params, found, weights.step)
+
+
+def _tell_inferred(file: epath.Path, model: config.Model) -> None:
+    """Says what the model was taken for; warns where that was not known from the shapes alone."""
+    for name in CONFIGS:
+        if model_config(name) == model:
+            logging.info("%s: no %s beside it; its shapes are those of %s", file, CONFIG_FILE, name)
+            return
+    logging.warning(
+        "%s: no %s beside it, and shapes do not tell heads: config.model.image.heads=%d, pooler.heads=%d and "
+        "text.heads=%d are taken, 64 wide in the towers as everywhere in open_clip; others would be another function",
+        *(file, CONFIG_FILE, model.image.heads, model.pooler.heads, model.text.heads),
+    )
 
 
 def _weights_file(folder: epath.Path) -> epath.Path:

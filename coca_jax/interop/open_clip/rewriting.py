@@ -16,6 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from coca_jax import config
+from coca_jax.interop.open_clip import two_poolers
 from coca_jax.interop.weights import ConversionError, Parameters
 from coca_jax.model import layers
 from coca_jax.model.image_encoder import sincos_grid
@@ -108,14 +109,17 @@ def _merge_poolers(model: config.Model, flat: Flat) -> tuple[config.Model, Flat]
     ours, theirs = "generative_pooler/", "contrastive_pooler/"
     other = {path.removeprefix(theirs): x for path, x in flat.items() if path.startswith(theirs)}
     unlike = [rest for rest, x in other.items() if rest != "query_tokens" and not np.array_equal(x, flat[ours + rest])]
-    if unlike:
+    if unlike and model.text.cross_kv_norm:
         raise ConversionError(
             "open_clip's CoCa cannot be this model:",
             [
-                f"{_named(model, 'pooler.kind')}: open_clip has one pooler, and these two differ in more than "
-                f"their queries ({len(unlike)} of {len(other)} arrays differ, {theirs}{unlike[0]} for one)"
+                f"{_named(model, 'pooler.kind')}: open_clip has one pooler, these two differ in more than their "
+                f"queries ({len(unlike)} of {len(other)} arrays, {theirs}{unlike[0]} for one), and with "
+                "config.model.text.cross_kv_norm=True the decoder's norm is not free to tell their results apart"
             ],
         )
+    if unlike:
+        return two_poolers.merge(model, flat)
     flat = {path: x for path, x in flat.items() if not path.startswith(theirs)}
     queries = np.concatenate([other["query_tokens"], flat[ours + "query_tokens"]])
     model = _changed(model, "pooler", kind="single", queries=model.pooler.queries + 1)
@@ -273,12 +277,6 @@ _DIFFERENCES = (
         "its pooler and projection are as wide as embed_dim, and so must the decoder that reads them be",
     ),
     _Difference(
-        "pooler.kind",
-        lambda m: m.pooler.kind == "parallel",
-        "two poolers that differ in nothing but their queries are one; others need values twice as wide as its one",
-        _merge_poolers,
-    ),
-    _Difference(
         "image.position", lambda m: m.image.position == "sincos", "the table as learned positions", _image_positions
     ),
     _Difference(
@@ -289,6 +287,13 @@ _DIFFERENCES = (
     ),
     _Difference("text.tie_embeddings", lambda m: m.text.tie_embeddings, "a transposed copy as output head", _untie),
     _Difference("text.cross_mlp", lambda m: not m.text.cross_mlp, "a first MLP that adds nothing", _second_mlp),
+    _Difference(
+        "pooler.kind",
+        lambda m: m.pooler.kind == "parallel",
+        "one pooler with the queries of both; where they differ in more, with the heads of both, to the rounding of "
+        "float32, and a text decoder twice as wide",
+        _merge_poolers,
+    ),
     _Difference("text.mlp_dim", lambda m: m.text.mlp_dim < 4 * m.text.width, "MLP units that are zero", _wider_mlp),
     _Difference("embed_dim", lambda m: m.embed_dim < m.text.width, "features with zeros behind", _wider_space),
     _Difference(
