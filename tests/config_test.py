@@ -190,6 +190,8 @@ for _path, _choices in rules.CHOICES.items():
     BROKEN[f"choice of {_path}"] = _changed(_path, "other"), (f"config.{_path}='other'", ", ".join(_choices))
 for _path in rules.POSITIVE:
     BROKEN[f"positive {_path}"] = _changed(_path, 0), (f"config.{_path}=0 ", "more than 0")
+for _path in ("steps", "model.image.width", "loss.caption_chunk"):
+    BROKEN[f"large {_path}"] = _changed(_path, 10**30), (f"config.{_path} must be no more than 2147483647", "digit")
 for _path in rules.NOT_NEGATIVE:
     BROKEN[f"not negative {_path}"] = _changed(_path, -1), (f"config.{_path}=-1 ", "0 or more")
 for _path in rules.SHARE:

@@ -9,7 +9,13 @@ from coca_jax.config.keys import ConfigError, Mesh
 
 def divisors(number: int) -> str:
     """What a message offers: 1, 2, 3, 6 for 6."""
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+    return ", ".join(map(str, all_divisors(number)))
+
+
+def all_divisors(number: int) -> list[int]:
+    """In ascending order, in time that grows with the square root of the number."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def mesh_shape(

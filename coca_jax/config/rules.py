@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from coca_jax.config.keys import Config, ConfigError, Init, Model
-from coca_jax.config.mesh import divisors, mesh_shape
+from coca_jax.config.mesh import all_divisors, divisors, mesh_shape
 from coca_jax.config.reading import get
 
 # What a layer's backward pass computes again instead of keeping it, from most memory and least computation to the
@@ -54,6 +54,7 @@ NOT_NEGATIVE = (
     *("data.workers", "data.threads", "data.color_jitter", "data.hue_jitter", "data.rotate", "data.subword_sampling"),
     *("evaluate.every", "evaluate.captions", "checkpoint.keep_best"),
 )
+LARGEST = 2**31 - 1  # of any of these: what JAX counts steps and sides in
 SHARE = (
     *("optimizer.warmup", "optimizer.end_lr", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay"),
     *("data.grayscale", "data.blur", "data.eval_crop", "data.max_bad"),
@@ -80,6 +81,9 @@ def check(
     for path in NOT_NEGATIVE:
         if not get(config, path) >= 0:
             raise ConfigError(f"config.{path}={get(config, path)!r} must be 0 or more")
+    for path in (*POSITIVE, *NOT_NEGATIVE):
+        if not get(config, path) <= LARGEST:
+            raise ConfigError(f"config.{path} must be no more than {LARGEST}: is a digit too many?")
     for path in SHARE:
         if not 0 <= get(config, path) <= 1:
             raise ConfigError(f"config.{path}={get(config, path)!r} must lie in 0..1")
@@ -120,7 +124,7 @@ def check(
     ):
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"config.{key}: {pattern!r} is not a regular expression ({error}); an example: '.*/kernel$'"
             ) from error
@@ -210,7 +214,7 @@ def check_model(model: Model) -> None:
         ("model.pooler.heads", model.pooler.heads, "model.text.width", text.width),
     ):
         if width % heads:
-            distance = {h: abs(h - heads) for h in range(1, width + 1) if width % h == 0}
+            distance = {h: abs(h - heads) for h in all_divisors(width)}
             fits = sorted(sorted(distance, key=distance.__getitem__)[:3])
             raise ConfigError(
                 f"config.{heads_key}={heads} does not divide config.{width_key}={width}; near it: "

@@ -73,6 +73,15 @@ class Record(NamedTuple):
     style: str = ""
 
 
+def check_unicode(texts: Iterable[str], where: str) -> None:
+    """Raises BadExample where a text holds half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadExample("encoding", f"{where}: {text[:40]!r} is not Unicode: {error.reason}") from error
+
+
 def pack(record: Record, width: int, height: int) -> bytes:
     """The record as msgpack; width and height (pixels) ride along so that a reader need not parse the picture."""
     return msgpack.packb(
@@ -92,13 +101,17 @@ def unpack(data: bytes) -> Record:
     """The inverse of `pack`. Raises DataError where `data` is not such a record."""
     try:
         fields = msgpack.unpackb(data)
-        return Record(
+        record = Record(
             fields["key"],
             fields["image"],
             tuple(fields["captions"]),
             fields.get("label", ""),
             fields.get("style", ""),
         )
+        texts = (record.key, record.label, record.style, *record.captions)
+        if not (isinstance(record.image, bytes) and all(isinstance(text, str) for text in texts)):
+            raise TypeError("the image must be bytes, all else texts")
+        return record
     except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
         raise DataError(
             f"not a record with the fields key, image and captions ({type(error).__name__}: {error}): "

@@ -92,7 +92,8 @@ class List:
                 continue
             self._seen.add((source.name, record))
             try:
-                key = source[record].key
+                # Names of files may hold bytes that are no text.
+                key = source[record].key.encode(errors="backslashreplace").decode()
             except BadExample:
                 key = None
             line = {"source": source.name, "record": record, "key": key, "reason": list(REASONS)[code - 1]}

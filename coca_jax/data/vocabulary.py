@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -187,7 +188,7 @@ class ClipMerges:
                 raise ValueError(f"more than {self._LARGEST} bytes")
             lines = unpacked.decode().split("\n")[1 : self._MERGES + 1]
             merges = [(first, second) for first, second in (line.split() for line in lines if line)]
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DataError(f"{name}: not CLIP's merges, a gzipped text of pairs: {error}") from error
         letters = _byte_letters()
         pieces = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]

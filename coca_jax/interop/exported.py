@@ -48,7 +48,7 @@ def write(weights: Weights, folder: epath.PathLike, *, overwrite: bool = False) 
     """
     c = weights.config
     flat = traverse_util.flatten_dict(weights.params, sep="/")
-    _check_parameters("the parameters do not fit the configuration", flat, c)
+    check_parameters("the parameters do not fit the configuration", flat, c)
     preprocessing = Preprocessor.from_config(c.model.image.size, c.data).to_json()
     with folders.new_folder(folder, overwrite=overwrite) as new:
         folders.write_tensors(new / WEIGHTS_FILE, flat, {"format": FORMAT, "format_version": str(VERSION)})
@@ -98,9 +98,12 @@ def read(folder: epath.PathLike) -> Weights:
         c = _config(path, values, version)
         tokenizer = _tokenizer(folder, values["tokenizer"], c)
         flat = _tensors(folder, values["weights"], c)
-    except (KeyError, TypeError) as error:
+        step = int(values["step"])
+    except ConversionError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ConversionError(f"{path} lacks a part or has another in its place: {error}") from error
-    return Weights(c, traverse_util.unflatten_dict(flat, sep="/"), tokenizer, int(values["step"]))
+    return Weights(c, traverse_util.unflatten_dict(flat, sep="/"), tokenizer, step)
 
 
 def _written_keys() -> list[str]:
@@ -157,7 +160,7 @@ def _tokenizer(folder: epath.Path, described: dict[str, Any] | None, c: config.C
 def _tensors(folder: epath.Path, described: dict[str, Any], c: config.Config) -> dict[str, np.ndarray]:
     file = _verified(folder, described)
     flat = folders.read_tensors(file)
-    _check_parameters(f"{file} does not fit {CONFIG_FILE}", flat, c)
+    check_parameters(f"{file} does not fit {CONFIG_FILE}", flat, c)
     return flat
 
 
@@ -177,7 +180,8 @@ def _verified(folder: epath.Path, described: dict[str, Any]) -> epath.Path:
     return file
 
 
-def _check_parameters(summary: str, flat: dict[str, Any], c: config.Config) -> None:
+def check_parameters(summary: str, flat: dict[str, Any], c: config.Config) -> None:
+    """Raises ConversionError, with every difference, where the parameters are not those of the configuration."""
     abstract = state.abstract_parameters(c)
     wanted = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items()}
     given = {path: tuple(np.shape(leaf)) for path, leaf in flat.items()}

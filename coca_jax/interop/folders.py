@@ -72,7 +72,7 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
         raise ConversionError(f"{path}: no such file")
     try:
         values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is damaged ({error}): write or copy it again") from error
     if not isinstance(values, dict):
         raise ConversionError(f"{path} is a JSON {type(values).__name__}, not an object")

@@ -293,9 +293,10 @@ def read_config(workdir: epath.PathLike) -> config.Config:
     if not path.exists():
         raise CheckpointError(f"{workdir} is not a workdir: it has no {CONFIG_FILE}")
     try:
-        return config.from_config_dict(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): restore it, or start in another --workdir") from error
+    return config.from_config_dict(values)
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:

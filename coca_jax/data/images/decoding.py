@@ -151,7 +151,7 @@ def from_pillow(image: PIL.Image.Image, background: Sequence[int] = _WHITE) -> n
 def _from_pillow(image: PIL.Image.Image, background: Sequence[int]) -> np.ndarray:
     """uint8 `[h, w, 3]`, as stored."""
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
-        values = np.asarray(image, np.int64)
+        values = np.asarray(image)  # uint16 or int32
         grey = np.clip(values >> 8, 0, 255).astype(np.uint8)
         pixels = np.repeat(grey[:, :, None], 3, axis=2)
         if isinstance(clear := image.info.get("transparency"), int):

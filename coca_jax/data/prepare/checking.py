@@ -12,7 +12,7 @@ import PIL.Image
 import PIL.ImageOps
 import simplejpeg
 
-from coca_jax.data import images
+from coca_jax.data import images, records
 from coca_jax.data.records import BadExample, Record
 from coca_jax.data.sources.base import one_line
 
@@ -60,10 +60,7 @@ def check(record: Record, max_side: int = 0, quality: int = QUALITY) -> Checked:
     for text in (record.key, record.label, record.style, *record.captions):
         if not isinstance(text, str):
             raise BadExample("unreadable", f"{where}: {type(text).__name__} where a text should be")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold and UTF-8 cannot
-            raise BadExample("encoding", f"{where}: {text[:40]!r} is not Unicode: {error.reason}") from error
+        records.check_unicode([text], where)
     captions = tuple(caption for caption in record.captions if caption.strip())
     if not captions:
         raise BadExample("no_caption", f"{where} has no caption")

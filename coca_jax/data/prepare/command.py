@@ -20,6 +20,7 @@ _SOURCE = """\
 A source is what training reads: array_record:, webdataset:, tfds:, parquet:, folder:, emoji:, each with its options
 (docs/data.md has them); or, only here, tfrecord:PATTERN?image=FEATURE&caption=FEATURE&label=FEATURE&key=FEATURE.
 Several are written 'A + B': all records of A come first."""
+COMMANDS = ("convert", "describe", "emoji")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A wrong command line exits with status 2, an interruption (Ctrl-C) returns 130.
     """
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(_command_first(sys.argv[1:] if argv is None else argv))
     try:
         print(options.run(options))
     except DataError as error:
@@ -41,6 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _command_first(argv: Sequence[str]) -> list[str]:
+    """Lets a command be spelt as a flag, wherever it stands: `--describe SPEC`, `--describe=SPEC`, `--source=SPEC
+    --describe`."""
+    for number, argument in enumerate(argv):
+        command, _, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and command in COMMANDS:
+            return [command, *argv[:number], *([f"--source={value}"] if value else []), *argv[number + 1 :]]
+    return list(argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,7 +165,9 @@ result is the same to the byte, with any number of workers, and on Beam.
 def _add_describe(commands: argparse._SubParsersAction) -> None:
     about = "what a data set holds: sizes, formats, captions, tokens, labels, examples, bad records; a contact sheet"
     parser = _command(commands, "describe", about, _SOURCE)
-    parser.add_argument("source", metavar="SPEC", help="what to read")
+    named = parser.add_mutually_exclusive_group(required=True)
+    named.add_argument("spec", metavar="SPEC", nargs="?", help="what to read")
+    named.add_argument("--source", metavar="SPEC", help="the same, as convert has it")
     parser.add_argument(
         "--sample",
         type=_whole(0),
@@ -187,7 +200,7 @@ def _convert(options: argparse.Namespace) -> str:
 
 
 def _describe(options: argparse.Namespace) -> str:
-    found = describe(options.source, options.sample, options.tokenizer)
+    found = describe(options.spec or options.source, options.sample, options.tokenizer)
     if options.contact_sheet:
         contact_sheet(found.examples, options.contact_sheet)
     return text(found, options.length)

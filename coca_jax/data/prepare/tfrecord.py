@@ -247,9 +247,15 @@ def _scan(stream: IO[bytes] | gzip.GzipFile, path: str, size: int | None) -> np.
             raise DataError(f"{where}: its length does not match its CRC-32C: copy the file again or leave it out")
         (length, _) = _HEADER.unpack(head)
         start, end = position + _HEADER.size, position + _HEADER.size + length + _CHECKSUM.size
-        # Seeking past the end of a stream says nothing: its last byte is read.
-        stream.seek(end - 1)
-        if (size is not None and end > size) or not stream.read(1):
+        if size is None and length > MAX_BYTES:  # one would unpack all that follows to find its end
+            raise DataError(
+                f"{where} has {length} bytes, more than the {MAX_BYTES} that one may have: leave the file out"
+            )
+        cut = size is not None and end > size
+        if not cut:  # seeking past the end of a stream says nothing: its last byte is read
+            stream.seek(end - 1)
+            cut = not stream.read(1)
+        if cut:
             raise DataError(f"{where} is cut off: copy the file again or leave it out")
         spans.append((start, length))
         position = end

@@ -218,6 +218,11 @@ def _listed(spec: Spec, root: str, path: str, content: bytes) -> list[_Entry]:
             entries[line] = _Entry("", line, [], problem=("unreadable", "the line names no picture"))
             continue
         image = image.strip()
+        try:
+            os.fsencode(image)
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+            entries[line] = _Entry("", line, [], problem=("unreadable", f"{image[:40]!r} cannot be a file's name"))
+            continue
         files.inside(root, image, f"{path} line {line}", links=False)  # links at reading: there may be millions
         entry = entries.setdefault(image, _Entry(image, line, []))
         entry.captions += texts(captions)

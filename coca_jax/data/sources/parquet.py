@@ -16,6 +16,9 @@ from coca_jax.data.sources.base import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, 
 from coca_jax.data.sources.files import File
 
 _KEPT = 2  # row groups that each thread keeps
+# Of what is read of a row group, which is unpacked as a whole: a file of some KB can claim any size.
+_LARGEST = 4 << 30  # bytes, unpacked
+_VALUES = 1 << 24  # of a column
 
 
 def _pyarrow() -> Any:
@@ -64,8 +67,10 @@ class Parquet:
                 f"{', '.join(schema)}: name them by ?image= and ?caption= (or ?label=)"
             )
         self._columns = [column for column in (self._image, self._caption, self._label) if column]
+        # Left as numbers into the values that differ: one picture a million times over takes the memory of one.
+        self._dictionaries = [leaf for leaf in footers[0][2] if leaf.partition(".")[0] in self._columns]
         groups = []  # file, row group in it, rows
-        for number, (file, (columns, rows)) in enumerate(zip(self._files, footers, strict=True)):
+        for number, (file, (columns, rows, _)) in enumerate(zip(self._files, footers, strict=True)):
             if missing := [column for column in self._columns if column not in columns]:
                 raise DataError(
                     f"{file.path}: no column {missing[0]!r}, which {where} has: open it as a source of its own"
@@ -127,7 +132,8 @@ class Parquet:
         try:
             if files.look(file.path) != file:
                 raise DataError(files.overwritten(file.path))
-            with _opened(file) as parquet:
+            with _opened(file, self._dictionaries) as parquet:
+                self._check(parquet.metadata.row_group(group), f"{file.path}: row group {group}")
                 # In this thread alone: the others read row groups of their own.
                 kept[place] = parquet.read_row_group(group, columns=self._columns, use_threads=False)
         except (OSError, _pyarrow().ArrowException) as error:
@@ -135,6 +141,18 @@ class Parquet:
                 "unreadable", f"{file.path}: row group {group} cannot be read: {one_line(error)}"
             ) from error
         return kept[place]
+
+    def _check(self, metadata: Any, where: str) -> None:
+        chunks = [metadata.column(i) for i in range(metadata.num_columns)]
+        chunks = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in self._columns]
+        size = sum(chunk.total_uncompressed_size for chunk in chunks)
+        values = max((chunk.num_values for chunk in chunks), default=0)
+        if size > _LARGEST or values > _VALUES:
+            raise BadExample(
+                "unreadable",
+                f"{where} unpacks to {size} bytes, and {values} values of a column: more than the {_LARGEST} and "
+                f"{_VALUES} that are read at once; write smaller row groups",
+            )
 
     def _picture(self, value: Any, file: File, where: str) -> bytes:
         path = value
@@ -153,26 +171,30 @@ class Parquet:
 
 
 @contextlib.contextmanager
-def _opened(file: File) -> Iterator[Any]:
+def _opened(file: File, dictionaries: Sequence[str] = ()) -> Iterator[Any]:
+    """A ParquetFile; of those columns (by their paths) it gives numbers into the values that differ."""
     parquet = _pyarrow().parquet
+    options = {"page_checksum_verification": True, "read_dictionary": list(dictionaries)}
     if not files.is_remote(file.path):
-        with parquet.ParquetFile(file.path, page_checksum_verification=True) as opened:
+        with parquet.ParquetFile(file.path, **options) as opened:
             yield opened
         return
     system, inside = files.store(file.path)
     with (
         system.open(inside, "rb") as stream,
-        parquet.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True) as opened,
+        parquet.ParquetFile(stream, pre_buffer=True, **options) as opened,
     ):
         yield opened
 
 
-def _footer(file: File) -> tuple[list[str], list[int]]:
-    """Names of the columns, and rows of each row group."""
+def _footer(file: File) -> tuple[list[str], list[int], list[str]]:
+    """Names of the columns, rows of each row group, and paths of what holds bytes or texts."""
     try:
         with _opened(file) as parquet:
             metadata = parquet.metadata
-            return parquet.schema_arrow.names, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            leaves = [parquet.schema.column(i) for i in range(len(parquet.schema))]
+            return parquet.schema_arrow.names, rows, [x.path for x in leaves if x.physical_type == "BYTE_ARRAY"]
     except (OSError, _pyarrow().ArrowException) as error:
         raise DataError(f"{file.path} is no Parquet file: {one_line(error)}; write it again or leave it out") from error
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 from etils import epath
 
+from coca_jax.data import records
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import files
 from coca_jax.data.sources.base import Source, Spec, digest
@@ -57,8 +58,12 @@ class Prompted:
 
     def __getitem__(self, index: SupportsIndex) -> Record:
         record = self.source[index]
-        if not record.label:
-            return record
+        if record.label:
+            record = self._prompted(record, index)
+        records.check_unicode((*record.captions, record.label), f"{self.name}: record {index}")
+        return record
+
+    def _prompted(self, record: Record, index: SupportsIndex) -> Record:
         label = record.label
         names: tuple[str, ...] = (record.label,)
         if self._classes is not None:

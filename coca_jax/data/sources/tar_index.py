@@ -166,7 +166,7 @@ def _opened(path: str, file: File) -> Shard | None:
         if tuple(found[key] for key in ("version", "name", "size", "changed")) != wanted:
             return None
         shard = Shard(file, path, int(found["count"]), str(found["problem"]), int(found["whole"]))
-    except (ValueError, KeyError, TypeError, msgpack.UnpackException):
+    except (ValueError, KeyError, TypeError, OverflowError, msgpack.UnpackException):
         return None
     return shard if size == _HEAD + shard.count * ROW.itemsize else None
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
+
+from etils import epath
 
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import prompts
 from coca_jax.data.sources.base import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, Spec, choose, digest, one_line
+
+_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.\w+(\.\w+)?\Z")
 
 
 class Tfds:
@@ -91,9 +98,11 @@ class Tfds:
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds  # costs a second, and is needed here alone
+        from tensorflow_datasets.core.utils import file_utils
 
         spec = self._spec
         how = f"tfds.builder({spec.location!r}).download_and_prepare(file_format='array_record')"
+        _check_classes(file_utils.list_data_dirs(spec.get("data_dir") or None), spec)
         # With a version, any will do, TFDS looks at prepared files before it looks for the set's code, which may be
         # registered nowhere here, or need TensorFlow.
         name = spec.location if ":" in spec.location else f"{spec.location}:*.*.*"
@@ -161,6 +170,41 @@ class Tfds:
         label = named.get(self._label)
         if isinstance(label, tfds.features.ClassLabel) and label.names and not self._numbered:
             self._labels = list(label.names)
+
+
+def _check_classes(folders: Iterable[epath.PathLike], spec: Spec) -> None:
+    """Raises DataError where a set names Python classes that are not TFDS's own: it would import their modules.
+
+    A set's features.json names the class of every feature, and what is imported runs: a module of that name in the
+    current folder, which may be the set's, too.
+    """
+    for folder in folders:
+        top = epath.Path(folder) / spec.location.partition(":")[0].partition("/")[0]
+        for file in (*top.glob("*/features.json"), *top.glob("*/*/features.json")):
+            try:
+                foreign = next((name for name in _classes(json.loads(file.read_text())) if not _CLASS.match(name)), "")
+            except (OSError, ValueError, RecursionError) as error:
+                raise DataError(f"{spec.text}: {file} cannot be read: {one_line(error)}; prepare it again") from error
+            if foreign:
+                raise DataError(
+                    f"{spec.text}: {file} asks for the Python class {foreign[:200]!r}, which is not one of TFDS's own "
+                    "and is not run: prepare the set with tfds.features alone"
+                )
+
+
+def _classes(values: Any) -> Iterator[str]:
+    """All names of classes in a features.json; parts of it are JSON inside of a text."""
+    if isinstance(values, list):
+        for value in values:
+            yield from _classes(value)
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            if key in ("pythonClassName", "python_class_name", "type") and isinstance(value, str) and "." in value:
+                yield value
+            if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+                with contextlib.suppress(ValueError):
+                    value = json.loads(value)
+            yield from _classes(value)
 
 
 def _features(tfds: Any, feature: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -39,6 +39,9 @@ _HARMLESS = {
 }
 
 
+_LARGE = 2**31  # no size is
+
+
 def _published(embed_dim: int, heads: int, **vision: int) -> dict[str, Any]:
     text = {"context_length": 76, "vocab_size": 49408, "width": embed_dim, "heads": heads, "layers": 12}
     return {
@@ -122,6 +125,9 @@ def model_config(
         (ours[group[0]] if group else ours)[name] = value
     model = config.from_config_dict({"model": ours}).model
     check_expressible(model)
+    layers = model.image.depth + model.text.n_uni + model.text.n_multi
+    if tensors is not None and layers > len(tensors):  # said before they are listed: any number can be written
+        raise ConversionError(f"the open_clip configuration has {layers} layers, and the file {len(tensors)} tensors")
     if tensors is not None and (reasons := differences(tensors, tensor_shapes(model))):
         raise ConversionError(f"the tensors do not fit the open_clip configuration, in {len(reasons)} places:", reasons)
     return model
@@ -159,11 +165,11 @@ def _read(given: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str
 def _wrong(key: str, value: Any, default: Any) -> str:
     """What a value must be, or nothing if it is."""
     if default is None:
-        return "" if value is None or type(value) in (int, float) else "a number, or absent"
+        return "" if value is None or (type(value) in (int, float) and abs(value) < _LARGE) else "a number, or absent"
     if isinstance(default, bool):
         return "" if value is None or isinstance(value, bool) else "true or false"
     kinds, wanted = ((int, float), "number") if isinstance(default, float) else ((int,), "whole number")
-    if type(value) in kinds and (value > 0 or (value == 0 and key == "pad_id")):
+    if type(value) in kinds and value < _LARGE and (value > 0 or (value == 0 and key == "pad_id")):
         return ""
     return f"a {wanted} {'from' if key == 'pad_id' else 'above'} 0"
 

@@ -21,7 +21,7 @@ from flax import traverse_util
 from coca_jax import config
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.tokenizer import Tokenizer
-from coca_jax.interop import folders
+from coca_jax.interop import exported, folders
 from coca_jax.interop.weights import ConversionError, Parameters, Weights
 
 SECTION = "coca_jax"
@@ -98,7 +98,10 @@ def restore(
         c = config.from_config_dict({"model": described["model"], "loss": described["loss"], "data": data})
         config.check(c)
         step = int(described["step"])
-    except (KeyError, TypeError, AttributeError, config.ConfigError) as error:
+        exported.check_parameters(f"{where}: its section {SECTION} does not fit the weights", flat, c)
+    except ConversionError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ConversionError(f"{where}: its section {SECTION} lacks a part, or has another there: {error}") from error
     return Weights(c, traverse_util.unflatten_dict(flat, sep="/"), None, step)
 

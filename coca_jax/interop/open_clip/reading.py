@@ -142,6 +142,8 @@ def _tensors(file: epath.Path) -> dict[str, np.ndarray]:
 
 def _preprocessing(given: Any, size: int, where: str) -> config.Data:
     """What the model wants of pictures, as config.Data. Raises ConversionError for what is not here."""
+    if not isinstance(given or {}, Mapping):
+        raise ConversionError(f"{where}: preprocess_cfg={given!r} is no group of keys")
     values = _PREPROCESS | {"size": size} | {k: v for k, v in (given or {}).items() if v is not None}
     reasons = []
     wanted = values["size"] if isinstance(values["size"], list) else [values["size"]] * 2

@@ -41,6 +41,20 @@ def test_convert_and_describe(mixed, tmp_path, capsys):
     assert sheet.read_bytes().startswith(b"\xff\xd8")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["describe", "--source={mixed}"],
+        ["--describe", "{mixed}"],
+        ["--describe={mixed}"],
+        ["--source={mixed}", "--describe"],
+    ],
+)
+def test_ways_to_ask_for_a_description(mixed, capsys, arguments):
+    assert prepare.main([argument.format(mixed=mixed) for argument in [*arguments, "--sample=5"]]) == 0
+    assert "40 records, 5 of them read" in capsys.readouterr().out
+
+
 def test_as_a_command(mixed, tmp_path):
     """In a process of its own: a bar and the page, or one line."""
 
@@ -96,6 +110,9 @@ def test_data_errors_are_one_line(mixed, tmp_path, capsys, arguments, said):
         (["convert", "--source=a", "--out=b", "--runner=Spark"], "invalid choice"),
         (["convert", "--source=a", "--out=b", "--worker=3"], "unrecognized arguments"),
         (["describe"], "SPEC"),
+        (["--describe"], "SPEC"),
+        (["describe", "a", "--source=b"], "not allowed with"),
+        (["--describ", "a"], "invalid choice"),
         (["describe", "a", "--sample=x"], "'x' is not a whole number"),
     ],
 )
