@@ -20,6 +20,7 @@ from coca_jax.model.coca import CoCa
 from coca_jax.sharding import batch_sharding, replicated
 
 Parameters = Any
+_TEXTS = 32  # texts whose likelihood is computed by one call
 
 
 class Apply:
@@ -88,6 +89,23 @@ class Apply:
             features = apply(params, made.tokens.reshape(b * r, t), method="encode_text").text_features
             return made, jnp.einsum("be,bre->br", both.image_features, features.reshape(b, r, -1))
 
+        def image_tokens(params: Parameters, images: jax.Array) -> jax.Array:
+            return apply(params, pixels(images), contrastive=False, method="encode_image").image_tokens
+
+        def log_probs(params: Parameters, pooled: jax.Array, tokens: jax.Array) -> jax.Array:
+            hidden = apply(params, tokens, method=lambda m, x: m.text_decoder.encode(x, cls=False)[0])
+            hidden = jax.lax.with_sharding_constraint(hidden, replicated(mesh))
+            labels, weights = losses.targets(tokens, pad)
+            head = apply(params, method="head")
+
+            def of_one(text: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+                """log P of one text for every picture: its unimodal half is the same for all of them."""
+                own, label, weight = (jnp.broadcast_to(x[None], (len(pooled), *x.shape)) for x in text)
+                decoded = apply(params, own, pooled, method=lambda m, x, y: m.text_decoder.decode(x, y))
+                return -(losses.token_losses(decoded, head, label, c.loss.caption_chunk) * weight).sum(axis=1)
+
+            return jax.lax.map(of_one, (hidden, labels, weights)).T
+
         self.encode_image = self._compile(encode_image)
         self.encode_text = self._compile(encode_text)
         self.caption_loss = self._compile(caption_loss)
@@ -98,6 +116,9 @@ class Apply:
 
         self._captioner = captioner
         self._bos_id = bos_id
+        self._image_tokens = jax.jit(image_tokens, out_shardings=batch_sharding(mesh))
+        self._log_probs = jax.jit(log_probs, out_shardings=replicated(mesh))
+        self._near = jax.jit(_near, out_shardings=replicated(mesh))
 
     def captions(
         self,
@@ -132,6 +153,41 @@ class Apply:
         """Token ids of one caption for each picture, decoded greedily, `[b, t]`."""
         return np.asarray(self.captions(params, images)[0].tokens[:, 0])
 
+    def log_probs(self, params: Parameters, images: np.ndarray | jax.Array, tokens: np.ndarray) -> np.ndarray:
+        """log P(text | image) in nats of every text for every picture, float32 `[b, c]`: each is encoded once.
+
+        Args:
+          params: of the model.
+          images: uint8 `[b, size, size, 3]`.
+          tokens: int32 `[c, t]`, the same on every process.
+        """
+        rows = len(images)
+        many = -(-_TEXTS // self._shards) * self._shards
+        # Positions behind the longest text change nothing; powers of two, so that few programs are compiled.
+        longest = max(2, int((tokens != self._pad_id).sum(axis=1).max()))
+        tokens = tokens[:, : min(tokens.shape[1], 1 << (longest - 1).bit_length())]
+        found = []
+        with jax.set_mesh(self.mesh):
+            pooled = self._image_tokens(params, images if isinstance(images, jax.Array) else self._place(images))
+            for start in range(0, len(tokens), many):
+                part = tokens[start : start + many]
+                filled = np.concatenate([part, np.repeat(part[-1:], many - len(part), axis=0)])
+                made = self._log_probs(params, pooled, self._everywhere(filled))
+                found.append(np.asarray(made.addressable_data(0))[:rows, : len(part)])
+        return np.concatenate(found, axis=1)
+
+    def compare(self, candidates: np.ndarray) -> Callable[[np.ndarray, np.ndarray, float], tuple[Any, Any]]:
+        """See `evaluate.retrieval.Comparer`: the devices share the queries, and each holds all candidates."""
+        with jax.set_mesh(self.mesh):
+            placed = self._everywhere(candidates)
+
+        def some(queries: np.ndarray, right: np.ndarray, margin: float) -> tuple[Any, Any]:
+            with jax.set_mesh(self.mesh):
+                made = self._near(self._place(queries), self._place(right), placed, np.float32(margin))
+            return tuple(np.asarray(x.addressable_data(0))[: len(queries)] for x in made)  # type: ignore[return-value]
+
+        return some
+
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         compiled = jax.jit(function, out_shardings=replicated(self.mesh))
 
@@ -144,8 +200,27 @@ class Apply:
 
         return call
 
+    def _everywhere(self, x: np.ndarray) -> jax.Array:
+        """A host array, whole on every device."""
+        return jax.make_array_from_callback(x.shape, replicated(self.mesh), lambda index: x[index])
+
     def _place(self, x: np.ndarray) -> jax.Array:
         """A host array on the mesh, filled up with copies of its last row to a multiple of the shards."""
         short = -len(x) % self._shards
         x = np.concatenate([x, np.repeat(x[-1:], short, axis=0)]) if short else x
         return jax.make_array_from_callback(x.shape, batch_sharding(self.mesh), lambda index: x[index])
+
+
+def _near(
+    queries: jax.Array, right: jax.Array, candidates: jax.Array, margin: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """See `evaluate.retrieval.Comparer`."""
+    scores = jnp.einsum("md,kd->mk", queries, candidates, precision=jax.lax.Precision.HIGHEST)
+    count = scores.shape[1]
+    own = jnp.take_along_axis(scores, jnp.maximum(right, 0), axis=1)
+    best = jnp.where(right >= 0, own, -jnp.inf).max(axis=1, keepdims=True)
+    at = jnp.where(right >= 0, right, count)
+    is_right = jax.vmap(lambda rows: jnp.zeros(count, bool).at[rows].set(True, mode="drop"))(at)
+    ahead = ~(scores <= best + margin) & ~is_right  # "not below", so that a NaN counts against
+    near = (jnp.abs(scores - best) <= margin) & ~is_right
+    return ahead.sum(axis=1), jnp.packbits(near, axis=1)

@@ -5,8 +5,8 @@
 
 Each line of the output is a picture: its path, and its captions, the best first, with log-probability (nats), the score
 that they are ranked by and the cosine similarity with the picture. A path that ends in .parquet makes a folder of
-Parquet files instead. Started again, it goes on where it stopped; pictures that cannot be read are listed in
-OUTPUT.bad.jsonl.
+Parquet files instead. Started again, it goes on where it stopped. Pictures that cannot be read are listed in
+OUTPUT.bad.jsonl; to try them again, remove it.
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ def main(argv: list[str]) -> None:
                 description="captions",
             )
         )
-    except (DataError, ConversionError, CheckpointError, ConfigError, ValueError) as error:
+    except (DataError, ConversionError, CheckpointError, ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(pictures.STOPPED)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Each row of the output is a picture with its `path` (or a line of the text file with its `text`), and its `feature`,
 float32. A path that ends in .parquet makes a folder of Parquet files, .jsonl a file of JSON lines. Started again, it
-goes on where it stopped; pictures that cannot be read are listed in OUTPUT.bad.jsonl.
+goes on where it stopped. Pictures that cannot be read are listed in OUTPUT.bad.jsonl; to try them again, remove it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def main(argv: list[str]) -> None:
         sys.exit("error: name pictures or folders of pictures, or give --texts=FILE, one of the two")
     compiler.setup()
     commandline.quiet()
+    from tqdm import tqdm
+
     from coca_jax import pictures, pretrained
     from coca_jax.config import ConfigError
     from coca_jax.data.records import DataError
@@ -57,13 +59,18 @@ def main(argv: list[str]) -> None:
             return
         known = rows.done()
         new = [text for text in texts if text not in known]
-        for start in range(0, len(new), _BATCH_SIZE.value):
-            part = new[start : start + _BATCH_SIZE.value]
-            features = coca.encode_text(part, batch_size=_BATCH_SIZE.value)
-            rows.add([{"text": text, "feature": as_row(x)} for text, x in zip(part, features, strict=True)])
-        print(f"{len(new)} texts: {_OUTPUT.value}")
-    except (DataError, ConversionError, CheckpointError, ConfigError, ValueError) as error:
+        done = len(texts) - len(new)
+        with tqdm(total=len(texts), initial=done, desc="features", unit="text", disable=None) as bar:
+            for start in range(0, len(new), _BATCH_SIZE.value):
+                part = new[start : start + _BATCH_SIZE.value]
+                features = coca.encode_text(part, batch_size=_BATCH_SIZE.value)
+                rows.add([{"text": text, "feature": as_row(x)} for text, x in zip(part, features, strict=True)])
+                bar.update(len(part))
+        print(f"{len(new)} texts{f', {done} were there already' if done else ''}: {_OUTPUT.value}")
+    except (DataError, ConversionError, CheckpointError, ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(pictures.STOPPED)
 
 
 def _lines(path: str) -> list[str]:

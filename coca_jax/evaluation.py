@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from coca_jax import commandline, config, distributed, pretrained, sharding
+from coca_jax import commandline, config, distributed, evaluator, pretrained, sharding
 from coca_jax.config import ConfigError
-from coca_jax.data.records import DataError
 from coca_jax.data.sources import Source
-from coca_jax.evaluate import asked, report, suite
-from coca_jax.evaluator import Evaluator
+from coca_jax.evaluate import asked, pieces, report, suite, tables
 from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.train import state as states
 from coca_jax.train.checkpoint import CheckpointError, absolute
 
 RESULTS_FILE = "results.json"
+TABLE_FILE = "results.txt"
+_PIECES = "pieces"  # folder of what a source has so far
 
 
 def run(
@@ -37,7 +39,8 @@ def run(
     """Evaluates what `coca_jax.load` opens, and prints a table. Each process of a job calls it with the same arguments.
 
     For each source a folder `OUTPUT/NAME` gets `results.json` and `report.html`, with pictures; `OUTPUT/results.json`
-    is all of them. Started again, sources that are done are not computed again.
+    and `OUTPUT/results.txt`, the table, are of all of them. Started again, sources that are done are not computed
+    again, and one that was begun goes on where it was.
 
     Args:
       values: a configuration, of which `evaluate` says what is done, `mesh` where, and `data` how the pictures are read
@@ -55,8 +58,11 @@ def run(
         given = None if values is None else config.from_config_dict(values)
         distributed.initialize(processes, timeout)
         return _run(given, checkpoint, absolute(output), step)
-    except (ConfigError, DataError, CheckpointError, ConversionError, distributed.DistributedError) as error:
-        return distributed.leave(f"error: {error}")
+    # ValueError: what cannot be measured, such as a source without labels.
+    except (ConfigError, CheckpointError, ConversionError, distributed.DistributedError, ValueError, OSError) as error:
+        return distributed.leave(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        return distributed.leave("stopped: the same command goes on from here")
 
 
 def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step: int | None) -> int:
@@ -99,8 +105,10 @@ def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step:
         everything |= {_renamed(key, spec, name): value for key, value in metrics.items()}
     if distributed.is_first():
         (output / RESULTS_FILE).write_text(json.dumps(everything, indent=1) + "\n")
-        print("\n".join(report.summary(c, everything)))
-        print(f"results: {output / RESULTS_FILE}")
+        table = "\n".join(tables.summary(c, everything))
+        (output / TABLE_FILE).write_text(table + "\n")
+        print(table)
+        print(f"results: {output / RESULTS_FILE}, {output / TABLE_FILE}")
         for name in names.values():
             print(f"page:    {output / name / report.REPORT_FILE}")
     return 0
@@ -147,6 +155,7 @@ def _evaluate(
     identity = {
         "checkpoint": checkpoint,
         "step": weights.step,
+        "weights": _sample(params, mesh),
         "source": source.fingerprint(),
         "evaluate": dataclasses.asdict(c.evaluate),
     }
@@ -155,7 +164,12 @@ def _evaluate(
         return dict(known)
     started = time.monotonic()
     spec = next(iter((*c.evaluate.splits, c.evaluate.zero_shot)))
-    results = Evaluator(c, folder, mesh, None, {spec: source}, weights.tokenizer).of_parameters(params)
+    # Batches are as large as the devices want them.
+    begun = pieces.Pieces(folder / _PIECES, identity | {"devices": mesh.devices.size}, evaluator.processes())
+    bound = evaluator.Evaluator(c, folder, mesh, None, {spec: source}, weights.tokenizer, begun)
+    results = bound.of_parameters(params)
+    if begun.kept and distributed.is_first():
+        print(f"{folder.name}: went on from {begun.kept} pieces that were kept")
     if distributed.is_first():
         folder.mkdir(parents=True, exist_ok=True)
         report.write(
@@ -166,10 +180,28 @@ def _evaluate(
             seconds=time.monotonic() - started,
             attribution=source.attribution,
         )
+        found = {"identity": identity, "metrics": results.metrics}
+        if results.classes:
+            found["classes"] = {one.label: dataclasses.asdict(one) for one in results.classes}
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({"identity": identity, "metrics": results.metrics}, indent=1) + "\n")
+        partial.write_text(json.dumps(found, indent=1) + "\n")
         partial.replace(path)
+    begun.remove()
     return results.metrics
+
+
+def _sample(params: states.Parameters, mesh: jax.sharding.Mesh) -> str:
+    """A few values of every array, as a digest: another checkpoint under the same name is told apart."""
+
+    def some(params: states.Parameters) -> list[jax.Array]:
+        return [jnp.atleast_1d(leaf[(0,) * max(0, leaf.ndim - 1)])[:8] for leaf in jax.tree.leaves(params)]
+
+    with jax.set_mesh(mesh):
+        values = jax.jit(some, out_shardings=sharding.replicated(mesh))(params)
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(np.asarray(value.addressable_data(0)).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _known(path: epath.Path, identity: dict[str, Any]) -> dict[str, float] | None:

@@ -14,6 +14,7 @@ from coca_jax.apply import Apply
 from coca_jax.data import pipeline, sources
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import suite
+from coca_jax.evaluate.pieces import Pieces
 from coca_jax.train import checkpoint
 from coca_jax.train import state as states
 from coca_jax.train.state import TrainState
@@ -33,6 +34,7 @@ class Evaluator:
         reference: sources.Source | None,
         held_out: Mapping[str, sources.Source],
         tokenizer: Tokenizer,
+        pieces: Pieces | None = None,
     ) -> None:
         """
         Args:
@@ -42,10 +44,12 @@ class Evaluator:
           reference: the training source that the pixel baseline looks names up in; None: there is no baseline.
           held_out: the sources that `c.evaluate` names, by that name.
           tokenizer: of the model.
+          pieces: see `suite.run`.
         """
         self.results: suite.Results | None = None
         self._c, self._workdir, self._mesh = c, workdir, mesh
         self._reference, self._held_out, self._tokenizer = reference, held_out, tokenizer
+        self._pieces = pieces
         self._apply = Apply(c, mesh, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
@@ -73,13 +77,15 @@ class Evaluator:
             encode_text=bind(apply.encode_text, apply.has_contrastive),
             caption_loss=bind(apply.caption_loss, apply.has_captioning),
             generate=bind(apply.caption, apply.has_captioning),
+            log_probs=bind(apply.log_probs, apply.has_captioning),
+            compare=apply.compare,
         )
 
         place = sharding.batch_sharding(self._mesh)
         shards = self._mesh.shape["replica"] * self._mesh.shape["fsdp"]
         batch_size = -(-c.evaluate.batch_size // shards) * shards
 
-        def batches(source: sources.Source) -> Any:
+        def batches(source: sources.Source, start: int) -> Any:
             loader = pipeline.eval_batches(
                 source,
                 self._tokenizer,
@@ -88,6 +94,7 @@ class Evaluator:
                 length=c.model.text.length,
                 batch_size=batch_size,
                 rows=pipeline.process_rows(place, batch_size),
+                start=start,
             )
             return pipeline.place(loader, place, batch_size, c.data.prefetch)
 
@@ -100,6 +107,12 @@ class Evaluator:
             reference=self._reference,
             reference_style=c.evaluate.reference_style,
             cache=self._workdir / "pixel_baseline.json",
-            processes=suite.Processes(jax.process_index(), jax.process_count(), distributed.gather),
+            pieces=self._pieces,
+            processes=processes(),
         )
         return self.results
+
+
+def processes() -> suite.Processes:
+    """This job's."""
+    return suite.Processes(jax.process_index(), jax.process_count(), distributed.gather)

@@ -21,6 +21,7 @@ from coca_jax.data.images import Preprocessor
 from coca_jax.data.records import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+STOPPED = "stopped: the same command goes on from here"
 _AHEAD = 4  # batches that are decoded before they are asked for
 
 
@@ -47,10 +48,10 @@ def find(arguments: Sequence[str]) -> list[str]:
 
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:
     for path in folder.iterdir():
-        if path.is_dir():
-            yield from _walk(path)
-        else:
+        if not path.is_dir():
             yield path
+        elif not os.path.islink(path):  # which may lead back to where it is
+            yield from _walk(path)
 
 
 class Rows(Protocol):
@@ -85,7 +86,12 @@ class Lines:
     def add(self, rows: list[dict[str, Any]]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            # A half of a surrogate pair, as of a name that is not UTF-8, can only be written escaped.
+            file.write("".join(json.dumps(row, ensure_ascii=not _writable(row)) + "\n" for row in rows))
+
+
+def _writable(row: dict[str, Any]) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in json.dumps(row, ensure_ascii=False))
 
 
 class Parts:
@@ -108,8 +114,15 @@ class Parts:
 
     def done(self) -> set[str]:
         found: set[str] = set()
-        for file in self._folder.glob("part-*.parquet"):
-            found |= set(self._arrow.parquet.read_table(file, columns=[self._key])[self._key].to_pylist())
+        for file in sorted(self._folder.glob("part-*.parquet")):
+            try:
+                table = self._arrow.parquet.read_table(file, columns=[self._key])
+                found |= set(table[self._key].to_pylist())
+            except (OSError, KeyError, self._arrow.ArrowException) as error:
+                raise DataError(
+                    f"{file} is damaged, or not what was written here ({' '.join(str(error).split())[:200]}): remove "
+                    "it to compute it again, or name another --output"
+                ) from error
         return found
 
     def add(self, rows: list[dict[str, Any]]) -> None:
@@ -149,7 +162,13 @@ def keep_settings(output: str, settings: dict[str, Any]) -> None:
     path = pathlib.Path(output + ".settings.json")
     settings = json.loads(json.dumps(settings))
     if path.exists() and pathlib.Path(output).exists():
-        before = json.loads(path.read_text())
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{path} is damaged ({error}): remove it if {output} was begun with these settings, or name another "
+                "--output"
+            ) from error
         for key in settings:
             if before.get(key) != settings[key]:
                 raise DataError(
@@ -157,7 +176,9 @@ def keep_settings(output: str, settings: dict[str, Any]) -> None:
                     "another --output"
                 )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(settings, indent=2) + "\n")
+    partial.replace(path)
 
 
 def run(
@@ -170,6 +191,8 @@ def run(
     description: str,
 ) -> str:
     """Computes what is not there yet. Pictures that cannot be read go into OUTPUT.bad.jsonl, with the reason.
+
+    Those are not tried again while they stand there.
 
     Args:
       paths: of pictures.
@@ -189,8 +212,11 @@ def run(
 
     def read(at: int) -> np.ndarray | DataError:
         try:
+            paths[at].encode()
             pixels: np.ndarray = preprocessor.pixels([paths[at]])[0]
             return pixels
+        except UnicodeEncodeError:
+            return DataError(f"{paths[at]!r}: the name is not UTF-8: rename the file")
         except (DataError, OSError) as error:
             return error if isinstance(error, DataError) else DataError(f"{paths[at]}: {error}")
 

@@ -79,6 +79,30 @@ class Pretrained:
         tokens = self._tokenizer().encode_batch(texts, self.config.model.text.length)
         return self._rows(self._apply.encode_text, [tokens], batch_size)
 
+    def log_likelihood(
+        self, images: Any, texts: str | Sequence[str], *, batch_size: int = 64
+    ) -> Float[np.ndarray, "b c"]:
+        """log P(text | picture) in nats of every text for every picture, float32: what captioning alone makes of them.
+
+        Short and common texts are likelier whatever the picture shows: to choose a text for a picture, compare with how
+        likely each is for other pictures (`coca_jax.evaluate.likelihood.pmi` does, over the pictures given).
+
+        Args:
+          images: as in `encode_image`.
+          texts: each as long as the model has positions at most; what is beyond is cut.
+          batch_size: pictures that are computed at a time.
+
+        Raises:
+          ValueError: nothing was given, or the model was trained without captions.
+        """
+        self._needs(self._apply.has_captioning, "lambda_cap")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("no text was given: name one or more")
+        tokens = self._tokenizer().encode_batch(texts, self.config.model.text.length)
+        pixels = self.preprocessor.pixels(_several(images))
+        return self._rows(lambda params, part: self._apply.log_probs(params, part, tokens), [pixels], batch_size)
+
     def caption(self, images: Any, prompt: str = "", *, batch_size: int = 64, **options: Any) -> list[str]:
         """The best caption of each picture. Arguments as of `captions`."""
         return [found[0].text for found in self.captions(images, prompt, batch_size=batch_size, **options)]

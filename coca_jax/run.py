@@ -18,7 +18,7 @@ from coca_jax.data import sources
 from coca_jax.data.mixture import open_mixture
 from coca_jax.data.records import DataError, named_in
 from coca_jax.data.tokenizer import Tokenizer
-from coca_jax.evaluate import asked, report
+from coca_jax.evaluate import asked, report, tables
 from coca_jax.evaluator import Evaluator
 from coca_jax.train import checkpoint, loop
 from coca_jax.train import optimizer as optimizers
@@ -123,7 +123,7 @@ def _run(
     if distributed.is_first():
         seconds = time.monotonic() - started
         report.write(workdir, c, results, parameters=parameters, seconds=seconds, attribution=source.attribution)
-        print("\n".join(report.summary(c, results.metrics)))
+        print("\n".join(tables.summary(c, results.metrics)))
         print(f"report: {page}")
     return 0
 

@@ -16,8 +16,11 @@ import pytest
 import coca_jax
 from coca_jax import config, evaluation, run
 from coca_jax.config import ConfigError
+from coca_jax.data import sources
+from coca_jax.evaluate import suite
 from coca_jax.interop.weights import ConversionError
 from coca_jax.model import flops
+from coca_jax.model.coca import CoCa
 from coca_jax.train import checkpoint
 from coca_jax.train.checkpoint import CheckpointError
 from coca_jax.train.metrics import read_lines
@@ -207,11 +210,19 @@ def test_a_captioner_has_no_contrastive_half(recipe: Any, tmp_path: pathlib.Path
         coca.encode_text("a red dot")
 
 
-def test_captions_of_every_kind_with_their_scores(workdir: pathlib.Path) -> None:
+def test_captions_of_every_kind_with_their_scores(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coca = coca_jax.load(workdir)
+    passes, pool = [], CoCa._pool
+
+    def counted(*args: Any) -> Any:  # called when a program is traced
+        passes.append("image")
+        return pool(*args)
+
+    monkeypatch.setattr(CoCa, "_pool", counted)
     pictures = [pairs.picture("red", "dot"), pairs.picture("blue", "cross"), pairs.picture("green", "bar on top")]
     best = coca.captions(pictures, method="beam", beams=4, returns=3, length=8)
     assert [len(found) for found in best] == [3, 3, 3]
+    assert passes == ["image"], "captions and their similarities come from one pass over the picture"
     for found in best:
         assert all(c.similarity is not None and -1 <= c.similarity <= 1 and c.log_prob < 0 for c in found)
     again = coca.captions(pictures, method="beam", beams=4, returns=3, length=8, rerank=True)
@@ -265,11 +276,29 @@ def test_a_checkpoint_is_evaluated_by_itself(
 
 def test_every_caption_is_scored(recipe: Any, workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     c = recipe.copy_and_resolve_references()
-    c.evaluate.update(score_captions=True, zero_shot="")
+    c.evaluate.update(score_captions=True, likelihood=6)
     assert evaluation.run(c, str(workdir), str(tmp_path), step=4) == 0
     found = json.loads((tmp_path / "results.json").read_text())
+    classes = json.loads((tmp_path / "shapes" / "results.json").read_text())["classes"]
+    assert sum(one["pictures"] for one in classes.values()) == found["zero_shot/images"]
+    # Both ways to classify stand in the table, and in the page with pictures.
+    table, page = (tmp_path / "results.txt").read_text(), (tmp_path / "shapes" / "report.html").read_text()
+    assert "caption likelihood, log P(prompt | image): top-1" in table and "cider" in table and "nats" in table
+    for words in ("Retrieval by caption likelihood", "CoCa, contrastive", "caption likelihood, less", "CIDEr"):
+        assert words in page, words
+    assert "Zero-shot accuracy within each of the" in page and "the first five classes" in page
+    assert not (tmp_path / "shapes" / "pieces").exists()
     assert 0 <= found["shapes/captions/bleu_4"] <= 1
     assert {"shapes/captions/cider", "shapes/captions/rouge_l"} <= found.keys()
+    # The likelihoods are those of Python's own call.
+    coca = coca_jax.load(workdir, step=4)
+    source = sources.open_source(c.evaluate.splits[0])
+    assert found["shapes/likelihood/images"] == found["zero_shot/likelihood/images"] == 6
+    records = [source[i] for i in suite.spread(len(source), 6)]
+    matrix = coca.log_likelihood([r.image for r in records], [r.captions[0] for r in records], batch_size=4)
+    assert found["shapes/likelihood/log_prob"] == pytest.approx(np.diag(matrix).mean(), rel=1e-3)
+    with pytest.raises(ValueError, match="no text was given"):
+        coca.log_likelihood(records[0].image, [])
 
 
 def test_what_cannot_be_evaluated_is_said(recipe: Any, workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:

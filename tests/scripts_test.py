@@ -19,6 +19,7 @@ import pytest
 
 import coca_jax
 from coca_jax import config, pictures
+from coca_jax.data.images import Preprocessor
 from coca_jax.data.records import DataError
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import exported
@@ -174,6 +175,54 @@ def test_wrong_arguments_get_one_line(
     assert done.returncode == 1 and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
+
+
+def row(pixels: np.ndarray, numbers: list[int]) -> list[dict[str, Any]]:
+    return [{"mean": float(x.mean()), "number": n} for x, n in zip(pixels, numbers, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_odd_names_and_loops_of_links(photos: pathlib.Path, tmp_path: pathlib.Path, kind: str) -> None:
+    """A name that is not UTF-8 is a bad file and not the end; a link to a folder above is not followed."""
+    name = os.fsdecode(os.fsencode(str(photos)) + b"/\xff.png")
+    PIL.Image.fromarray(pairs.picture("red", "dot")).save(photos / "ä \n'.png")
+    os.link(photos / "ä \n'.png", name)
+    (photos / "deep" / "up").symlink_to(photos)
+    paths = pictures.find([str(photos)])
+    assert len(paths) == 8 and name in paths
+    out = str(tmp_path / f"o.{kind}")
+    preprocessor = Preprocessor(16)
+    said = pictures.run(paths, preprocessor, row, out, batch_size=3, description="")
+    assert said == f"6 pictures; 2 could not be read, see {out}.bad.jsonl: {out}"
+    bad = lines(tmp_path / f"o.{kind}.bad.jsonl")
+    assert {pathlib.Path(b["path"]).name for b in bad} == {"torn.jpg", "\udcff.png"}
+    assert any("the name is not UTF-8: rename the file" in b["error"] for b in bad)
+    assert f"{photos}/ä \n'.png" in pictures.open_rows(out).done()
+    assert "0 pictures, 8 were there already" in pictures.run(
+        paths, preprocessor, row, out, batch_size=3, description=""
+    )
+    # They are tried again where the list is removed: the one that was mended is done.
+    (tmp_path / f"o.{kind}.bad.jsonl").unlink()
+    PIL.Image.fromarray(pairs.picture("red", "dot")).save(photos / "torn.jpg")
+    assert "1 pictures, 6 were there already; 1 could not be read" in pictures.run(
+        paths, preprocessor, row, out, batch_size=3, description=""
+    )
+
+
+def test_damaged_results_are_named(photos: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "o.parquet"
+    pictures.keep_settings(str(out), {"seed": 1})
+    pictures.run(pictures.find([str(photos)]), Preprocessor(16), row, str(out), batch_size=2, description="")
+    part = out / "part-00001.parquet"
+    part.write_bytes(part.read_bytes()[:50])
+    with pytest.raises(DataError, match=r"part-00001\.parquet is damaged, or not .*: remove it to compute it again"):
+        pictures.open_rows(str(out)).done()
+    part.unlink()
+    assert len(pictures.open_rows(str(out)).done()) == 3
+    settings = tmp_path / "o.parquet.settings.json"
+    settings.write_text('{"seed')
+    with pytest.raises(DataError, match=r"settings\.json is damaged .*remove it if"):
+        pictures.keep_settings(str(out), {"seed": 1})
 
 
 def test_a_file_of_something_else_is_not_written_into(tmp_path: pathlib.Path) -> None:

@@ -182,6 +182,7 @@ class Evaluate:
     reference_style: str = ""  # of the training pictures that the pixel baseline looks names up in; empty: all
     captions: int = 32  # pictures of the first split that are captioned for the report
     score_captions: bool = False  # caption every picture of every split: CIDEr, BLEU, ROUGE-L
+    likelihood: int = 0  # pictures of each source whose texts are ranked by log P(text | image); 0: off
     batch_size: int = 256
     best: str = ""  # metric that keep-best goes by, e.g. seen/image_to_text/r1
 

@@ -52,7 +52,7 @@ NOT_NEGATIVE = (
     *("loss.lambda_con", "loss.lambda_cap", "loss.contrastive_tile", "loss.caption_chunk"),
     *("optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps"),
     *("data.workers", "data.threads", "data.color_jitter", "data.hue_jitter", "data.rotate", "data.subword_sampling"),
-    *("evaluate.every", "evaluate.captions", "checkpoint.keep_best"),
+    *("evaluate.every", "evaluate.captions", "evaluate.likelihood", "checkpoint.keep_best"),
 )
 LARGEST = 2**31 - 1  # of any of these: what JAX counts steps and sides in
 SHARE = (

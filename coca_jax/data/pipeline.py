@@ -174,11 +174,13 @@ def eval_batches(
     length: int,
     batch_size: int,
     rows: np.ndarray | None = None,
+    start: int = 0,
 ) -> grain.IterDataset:
     """One pass over the source in order, without augmentation and with the first caption of each record.
 
-    Row r of global batch k is record `k * batch_size + r`; arguments as `train_loader`. The last batch is filled up
-    with examples that are not valid (black, all pad), so that all batches, and those of all processes, have one shape.
+    Row r of global batch k is record `k * batch_size + r`; arguments as `train_loader`, but that `start` is a
+    number of batches that are left out. The last batch is filled up with examples that are not valid (black, all pad),
+    so that all batches, and those of all processes, have one shape.
 
     Returns:
       Images and tokens of the rows that are read here, as `train_loader`, but nothing replaces what cannot be used: its
@@ -190,13 +192,14 @@ def eval_batches(
     read = _Read(source, tokenizer, data, image_size, length)
     total = -(-len(source) // batch_size) * batch_size
     rows = np.arange(batch_size) if rows is None else rows
-    batches = _batched(grain.MapDataset.range(total).map(read.evaluate), batch_size, rows)
-    return _read_ahead(batches.map_with_index(functools.partial(_number, batch_size, len(source), rows)), data)
+    batches = _batched(grain.MapDataset.range(total).map(read.evaluate), batch_size, rows, start * batch_size)
+    number = functools.partial(_number, batch_size, len(source), rows, start)
+    return _read_ahead(batches.map_with_index(number), data)
 
 
-def _number(batch_size: int, records: int, rows: np.ndarray, number: int, batch: Batch) -> Batch:
-    """The batch with the records of its global batch."""
-    index = np.arange(number * batch_size, (number + 1) * batch_size, dtype=np.int64)
+def _number(batch_size: int, records: int, rows: np.ndarray, start: int, number: int, batch: Batch) -> Batch:
+    """The batch with the records of its global batch, which is number `start + number`."""
+    index = np.arange((start + number) * batch_size, (start + number + 1) * batch_size, dtype=np.int64)
     valid = index < records
     bad = np.where(batch["problem"] > 0, index[rows], -1)
     kept = {key: value for key, value in batch.items() if key != "problem"}

@@ -35,11 +35,10 @@ def check(c: Config, sources: Mapping[str, Source], reference: Source | None) ->
       ConfigError: what `suite.run` would refuse.
     """
     spec, style = c.evaluate.zero_shot, c.evaluate.reference_style
-    if not c.loss.lambda_con:  # then neither is measured
-        return
-    if spec and not any(record.label for record in _records(sources[spec])):
+    by_likelihood = c.loss.lambda_cap > 0 and c.evaluate.likelihood > 0
+    if spec and (c.loss.lambda_con or by_likelihood) and not any(record.label for record in _records(sources[spec])):
         raise ConfigError(f"config.evaluate.zero_shot={spec!r} has no labels: name a labelled source, or none")
-    if style and c.evaluate.splits and reference is not None and len(reference) <= pixels.LIMIT:
+    if style and c.loss.lambda_con and c.evaluate.splits and reference is not None and len(reference) <= pixels.LIMIT:
         styles = set()
         for record in _records(reference):
             styles.add(record.style)

@@ -21,12 +21,11 @@ from PIL import Image
 
 from coca_jax import config as config_lib
 from coca_jax.data import images
-from coca_jax.evaluate import curves, retrieval, suite, template
+from coca_jax.evaluate import curves, suite, tables, template
 from coca_jax.evaluate.figures import ABSENT, duration, million, percent, plain
 
 REPORT_FILE = "report.html"
 
-_DIRECTIONS = ("image_to_text", "text_to_image")
 _THUMBNAIL = 96  # pixels
 _CAPTIONS = 96  # shown at most, so that the page stays a few MB
 
@@ -80,9 +79,10 @@ def write(
         tiles=_tiles(metrics, splits),
         facts=_facts(config, last_step, parameters, machine or this_machine(), when, seconds),
         charts=curves.charts(history, splits),
-        recall=[_recall(metrics, name) for name in splits if f"{name}/image_to_text/r1" in metrics],
+        recall=[tables.recall(metrics, name) for name in splits if f"{name}/image_to_text/r1" in metrics],
         has_pixels=any(f"{name}/pixel/image_to_text/r1" in metrics for name in splits),
-        tables=[*_zero_shot(metrics, config), *_captioning(metrics, splits)],
+        tables=tables.others(metrics, config, splits),
+        classes=tables.classes(results.classes),
         gallery=_gallery(results.queries, thumbnail),
         captions=_captions(results.captions, thumbnail),
         metrics=[(name, plain(value)) for name, value in sorted(metrics.items())],
@@ -94,32 +94,6 @@ def write(
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def summary(c: config_lib.Config, metrics: Mapping[str, float]) -> list[str]:
-    """What an evaluation found, for the terminal: lines."""
-    lines = []
-    for name in suite.split_names(c.evaluate.splits).values():
-        for direction in ("image_to_text", "text_to_image"):
-            for kind in ("", "pixel/", "chance/"):
-                path = f"{name}/{kind}" + ("" if kind == "chance/" else f"{direction}/")
-                if f"{path}r1" in metrics:
-                    who = {"": "model", "pixel/": "nearest pixels", "chance/": "chance"}[kind]
-                    recalls = "  ".join(f"R@{k} {metrics[f'{path}r{k}']:.4f}" for k in (1, 5, 10))
-                    rank = f"median rank {metrics[f'{path}median_rank']:g}"
-                    lines.append(f"{name:14} {direction:13} {who:14} {recalls}  {rank}")
-        if f"{name}/captions/cider" in metrics:
-            scores = "  ".join(
-                f"{key} {metrics[f'{name}/captions/{key}']:.4f}" for key in ("cider", "bleu_4", "rouge_l")
-            )
-            lines.append(f"{name:14} captions      {scores}")
-        if f"{name}/caption_loss" in metrics:
-            loss, perplexity = metrics[f"{name}/caption_loss"], metrics[f"{name}/perplexity"]
-            lines.append(f"{name:14} captioning loss {loss:.3f}, perplexity {perplexity:.2f}")
-    if "zero_shot/top1" in metrics:
-        top1, top5, chance = (metrics[f"zero_shot/{key}"] for key in ("top1", "top5", "chance/top1"))
-        lines.append(f"zero-shot      top-1 {top1:.4f}, top-5 {top5:.4f}, chance {chance:.4f}")
-    return lines
 
 
 def _printable(value: Any) -> Any:
@@ -159,7 +133,7 @@ def _notes(history: curves.History, metrics: Mapping[str, float]) -> list[str]:
 def _tiles(metrics: Mapping[str, float], splits: Sequence[str]) -> list[dict[str, str]]:
     tiles = []
     for name in splits[:1]:
-        for direction, title in zip(_DIRECTIONS, ("Image to text", "Text to image"), strict=True):
+        for direction, title in zip(tables.DIRECTIONS, ("Image to text", "Text to image"), strict=True):
             if f"{name}/{direction}/r1" in metrics:
                 pixel = metrics.get(f"{name}/pixel/{direction}/r1")
                 beside = f"nearest pixels {percent(pixel)}, " if pixel is not None else ""
@@ -207,83 +181,20 @@ def _facts(
     return facts
 
 
-def _recall(metrics: Mapping[str, float], name: str) -> dict[str, Any]:
-    rows = []
-    for title, prefix in (("CoCa", name), ("Nearest pixels", f"{name}/pixel"), ("Chance", f"{name}/chance")):
-        cells = []
-        for direction, candidates in zip(_DIRECTIONS, ("texts", "images"), strict=True):
-            where = prefix if title == "Chance" else f"{prefix}/{direction}"
-            for k in retrieval.KS:
-                value = metrics.get(f"{where}/r{k}")
-                share = f"{100 * value:.1f}%" if value is not None and math.isfinite(value) else ""
-                cells.append({"text": percent(value), "share": share})
-            median, most = metrics.get(f"{where}/median_rank"), metrics.get(f"{name}/{candidates}", math.inf)
-            # Beyond the last candidate: most queries have no answer that could be right.
-            text = f"> {plain(most)}" if median is not None and median > most else plain(median)
-            cells.append({"text": text, "share": ""})
-        if title != "Nearest pixels" or f"{prefix}/image_to_text/r1" in metrics:
-            rows.append({"name": title, "cells": cells})
-    sizes = [metrics.get(f"{name}/{what}") for what in ("images", "texts")]
-    return {"name": name, "size": f"{plain(sizes[0])} images, {plain(sizes[1])} texts", "rows": rows}
-
-
-def _zero_shot(metrics: Mapping[str, float], config: config_lib.Config) -> list[dict[str, Any]]:
-    if "zero_shot/top1" not in metrics:
-        return []
-    get = metrics.get
-    top1, top5 = get("zero_shot/chance/top1"), get("zero_shot/chance/top5")
-    rows = [
-        {
-            "name": "CoCa",
-            "cells": [percent(get(f"zero_shot/{name}")) for name in ("top1", "top5", "mean_per_class")],
-            "soft": False,
-        },
-        {"name": "Chance", "cells": [percent(top1), percent(top5), percent(top1)], "soft": True},
-        {
-            "name": "Always the largest class",
-            "cells": [percent(get("zero_shot/largest_class")), ABSENT, percent(top1)],
-            "soft": True,
-        },
-    ]
-    text = (
-        f"{plain(get('zero_shot/images'))} pictures into {plain(get('zero_shot/classes'))} classes. No classifier is "
-        "trained: a class is the mean text feature of its prompts:"
-    )
-    head = ["", "top 1", "top 5", "top 1, mean over classes"]
-    prompts = config.evaluate.prompts
-    return [{"title": "Zero-shot classification", "text": text, "examples": prompts, "head": head, "rows": rows}]
-
-
-def _captioning(metrics: Mapping[str, float], splits: Sequence[str]) -> list[dict[str, Any]]:
-    rows = [
-        {
-            "name": name,
-            "cells": [plain(metrics.get(f"{name}/{key}")) for key in ("caption_loss", "perplexity")]
-            + [percent(metrics.get(f"{name}/caption_exact_match"))],
-            "soft": False,
-        }
-        for name in splits
-        if f"{name}/caption_loss" in metrics
-    ]
-    text = (
-        "Loss of the reference captions, every token counting the same. Exact: the share of generated captions that "
-        "are a reference word for word."
-    )
-    head = ["split", "loss, nats a token", "perplexity", "exact captions"]
-    return [{"title": "Captioning", "text": text, "examples": (), "head": head, "rows": rows}] if rows else []
-
-
 def _gallery(queries: Sequence[suite.Query], thumbnail: Any) -> list[dict[str, Any]]:
     splits: dict[str, dict[str, Any]] = {}
     for query in queries:
-        split = splits.setdefault(query.split, {"name": query.split, "images": [], "texts": []})
+        title = "Zero-shot classification" if query.direction == "zero_shot" else query.split
+        split = splits.setdefault(title, {"name": title, "images": [], "texts": [], "what": "texts"})
+        if query.direction == "zero_shot":
+            split["what"] = "classes"
         answers = [
             {"text": answer.text, "right": answer.right, "picture": answer.picture and thumbnail(answer.picture)}
             for answer in query.answers
         ]
         found = any(answer.right for answer in query.answers)
         rank = min(query.rank, query.candidates)
-        split["images" if query.direction == "image_to_text" else "texts"].append(
+        split["texts" if query.direction == "text_to_image" else "images"].append(
             {
                 "text": query.text,
                 "picture": query.picture and thumbnail(query.picture),

@@ -4,11 +4,15 @@ A query's rank is 1 plus the number of wrong candidates that score at least as h
 therefore count against the model, and one that gives everything the same feature has a recall of 0, not of chance.
 Scores are taken in float64, so that what ties is decided by the features and not by the order of a sum; a right answer
 whose score is not a number is a miss. The matrix of scores is never held whole: `chunk_bytes` of it at a time.
+
+Where there are devices to share the work (a `Comparer`), they take all scores in float32, and the host only those that
+lie so near to the right one that float32 cannot tell: the ranks are the same to the last, whatever the devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +22,19 @@ _CHUNK_BYTES = 128 << 20
 
 Truth = Sequence[Sequence[int]]  # the right candidates of each query, by row
 Measures = dict[str, dict[str, float]]
+
+
+class Comparer(Protocol):
+    """Scores on the devices: given the candidates, float32 `[k, d]`, a function of some queries at a time.
+
+    That takes queries float32 `[m, d]`, their right candidates int32 `[m, r]` (filled up with -1) and a margin, and
+    gives for each query how many wrong candidates score above the best right one by more than the margin (or are not a
+    number), int `[m]`, and one bit for each candidate, `np.packbits` of `[m, k]`: whether it is wrong and within it.
+    """
+
+    def __call__(
+        self, candidates: np.ndarray
+    ) -> Callable[[np.ndarray, np.ndarray, float], tuple[np.ndarray, np.ndarray]]: ...
 
 
 def unique_texts(captions: Sequence[Sequence[str]]) -> tuple[list[str], list[list[int]]]:
@@ -41,7 +58,13 @@ def invert(truth: Truth, candidates: int) -> list[list[int]]:
     return inverse
 
 
-def ranks(queries: np.ndarray, candidates: np.ndarray, truth: Truth, chunk_bytes: int = _CHUNK_BYTES) -> np.ndarray:
+def ranks(
+    queries: np.ndarray,
+    candidates: np.ndarray,
+    truth: Truth,
+    chunk_bytes: int = _CHUNK_BYTES,
+    compare: Comparer | None = None,
+) -> np.ndarray:
     """Rank of each query's best right answer, counted from 1.
 
     Args:
@@ -49,6 +72,7 @@ def ranks(queries: np.ndarray, candidates: np.ndarray, truth: Truth, chunk_bytes
       candidates: float `[k, d]`, unit length.
       truth: for each query the rows of its right candidates.
       chunk_bytes: memory for scores, bytes.
+      compare: shares the work over devices; None: the host alone. The ranks are the same.
 
     Returns:
       int64 `[m]`; k + 1 where a query has no right answer or its score is not finite.
@@ -56,7 +80,16 @@ def ranks(queries: np.ndarray, candidates: np.ndarray, truth: Truth, chunk_bytes
     queries, candidates = np.asarray(queries, np.float64), np.asarray(candidates, np.float64)
     if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
         raise ValueError(f"features of shapes {queries.shape} and {candidates.shape} are not [m, d] and [k, d]")
+    finite = len(queries) and len(candidates) and np.isfinite(queries).all() and np.isfinite(candidates).all()
+    if compare is not None and finite:
+        return _compared(compare, queries, candidates, truth, chunk_bytes)
     return _ranks(lambda a, b: queries[a:b] @ candidates.T, truth, len(queries), len(candidates), chunk_bytes)
+
+
+def ranks_of(scores: np.ndarray, truth: Truth) -> np.ndarray:
+    """`ranks` from the scores themselves, `[m, k]`."""
+    scores = np.asarray(scores, np.float64)
+    return _ranks(lambda a, b: scores[a:b], truth, len(scores), scores.shape[1], _CHUNK_BYTES)
 
 
 def top(queries: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
@@ -66,7 +99,11 @@ def top(queries: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
 
 
 def recall(
-    image_features: np.ndarray, text_features: np.ndarray, image_to_text: Truth, chunk_bytes: int = _CHUNK_BYTES
+    image_features: np.ndarray,
+    text_features: np.ndarray,
+    image_to_text: Truth,
+    chunk_bytes: int = _CHUNK_BYTES,
+    compare: Comparer | None = None,
 ) -> Measures:
     """Recall at 1, 5 and 10 (shares of the queries) and median rank, image to text and text to image.
 
@@ -77,7 +114,7 @@ def recall(
       image_features: float `[m, d]`, unit length.
       text_features: float `[k, d]`, unit length.
       image_to_text: for each picture the rows of its texts.
-      chunk_bytes: memory for scores, bytes.
+      chunk_bytes, compare: see `ranks`.
 
     Returns:
       `{"image_to_text": {"r1", "r5", "r10", "median_rank"}, "text_to_image": {...}, "chance": {...}}`, where chance is
@@ -91,12 +128,12 @@ def recall(
         raise ValueError(f"{len(image_features)} image features for {len(image_to_text)} rows of image_to_text")
     text_to_image = invert(image_to_text, len(text_features))
     m, k = len(image_features), len(text_features)
-    forward = ranks(image_features, text_features, image_to_text, chunk_bytes)
-    backward = ranks(text_features, image_features, text_to_image, chunk_bytes)
+    forward = ranks(image_features, text_features, image_to_text, chunk_bytes, compare)
+    backward = ranks(text_features, image_features, text_to_image, chunk_bytes, compare)
     ways = (chance(image_to_text, k), chance(text_to_image, m))
     return {
-        "image_to_text": _measures(forward, image_to_text, k),
-        "text_to_image": _measures(backward, text_to_image, m),
+        "image_to_text": measures(forward, image_to_text, k),
+        "text_to_image": measures(backward, text_to_image, m),
         "chance": {name: (ways[0][name] + ways[1][name]) / 2 for name in ways[0]},
     }
 
@@ -175,9 +212,42 @@ def pixel_baseline(
     forward = _ranks(lambda a, b: nearness(a, b, 0, k), image_to_text, m, k, chunk_bytes)
     backward = _ranks(lambda a, b: nearness(0, m, a, b).T, text_to_image, k, m, chunk_bytes)
     return {
-        "image_to_text": _measures(forward, image_to_text, k),
-        "text_to_image": _measures(backward, text_to_image, m),
+        "image_to_text": measures(forward, image_to_text, k),
+        "text_to_image": measures(backward, text_to_image, m),
     }
+
+
+def _compared(
+    compare: Comparer, queries: np.ndarray, candidates: np.ndarray, truth: Truth, chunk_bytes: int
+) -> np.ndarray:
+    """`ranks` of finite features: the devices count what is surely ahead, the host looks at what is near."""
+    m, k = len(queries), len(candidates)
+    # Twice the most that a float32 product of two rows can be off, in any order of the sum (d roundings of the sum, and
+    # those of the factors), for each of the two scores that are compared.
+    length = np.linalg.norm(queries, axis=1).max() * np.linalg.norm(candidates, axis=1).max()
+    margin = float(4 * (queries.shape[1] + 4) * 2.0**-24 * length + _TIE)
+    width = max([1, *map(len, truth)])
+    width = 1 << (width - 1).bit_length()  # powers of two: few compiled programs
+    right = np.array([[*rows, *[-1] * (width - len(rows))] for rows in truth], np.int32).reshape(m, width)
+    step = 1 << max(0, (chunk_bytes // (4 * k)).bit_length() - 1)
+    step = min(step, 1 << (m - 1).bit_length())
+    result, heavy = np.full(m, k + 1, np.int64), []
+    some = compare(candidates.astype(np.float32))
+    for a in range(0, m, step):
+        rows = np.minimum(np.arange(a, a + step), m - 1)  # the last again, so that all chunks have one shape
+        ahead, near = some(queries[rows].astype(np.float32), right[rows], margin)
+        for row in range(a, min(a + step, m)):
+            if not len(truth[row]):
+                continue
+            close = np.flatnonzero(np.unpackbits(near[row - a], count=k))
+            if len(close) > max(256, k // 64):
+                heavy.append(row)  # a row of the whole matrix costs less than so many of its places
+                continue
+            best = (candidates[list(truth[row])] @ queries[row]).max()
+            result[row] = 1 + ahead[row - a] + np.count_nonzero(candidates[close] @ queries[row] >= best - _TIE)
+    some_truth = [truth[row] for row in heavy]
+    result[heavy] = _ranks(lambda a, b: queries[heavy[a:b]] @ candidates.T, some_truth, len(heavy), k, chunk_bytes)
+    return result
 
 
 def _ranks(
@@ -202,7 +272,8 @@ def _ranks(
     return result
 
 
-def _measures(rank: np.ndarray, truth: Truth, candidates: int) -> dict[str, float]:
+def measures(rank: np.ndarray, truth: Truth, candidates: int) -> dict[str, float]:
+    """Recalls and median of the ranks of those queries that have a right answer."""
     asked = rank[np.array([len(right) > 0 for right in truth], bool)]
     if not len(asked):
         raise ValueError("no query has a right answer: there is nothing to measure")

@@ -182,10 +182,22 @@ random ranking.</p>
 {% endfor %}</tbody></table></div></section>
 {% endfor %}
 
+{% if classes %}<section aria-labelledby="classes"><h2 id="classes">Classes</h2>
+<details><summary>Zero-shot accuracy within each of the {{ classes|length }} classes, the worst first</summary>
+<div class="card scroll" tabindex="0" role="region" aria-labelledby="classes"><table>
+<thead><tr>
+{% for name in ("class", "called", "pictures", "top 1", "top 5") %}
+<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in classes %}<tr><th scope="row">{{ row.label }}</th><td>{{ row.names }}</td><td>{{ row.pictures }}</td>
+{% for cell in row.cells %}
+<td{% if cell.share %} class="measured" style="--share: {{ cell.share }}"{% endif %}>{{ cell.text }}</td>
+{% endfor %}</tr>
+{% endfor %}</tbody></table></div></details></section>{% endif %}
+
 {% if gallery %}<section aria-labelledby="gallery"><h2 id="gallery">Retrieval gallery</h2>
 <p>Queries evenly spaced through each split, not chosen by their result. The right answer is green and ticked.</p>
 {% for split in gallery %}<details{{ ' open' if loop.first else '' }}><summary>{{ split.name }}</summary>
-{% if split.images %}<h3>Image to text: the first five texts</h3>
+{% if split.images %}<h3>Image to text: the first five {{ split.what }}</h3>
 <div class="queries">
 {% for query in split.images %}<article class="query wide card">{{ picture(query.picture, query.text) }}
 <div><ol>{% for answer in query.answers %}<li{% if answer.right %} class="right"{% endif %}>{{ said(answer.text) }}

@@ -66,21 +66,40 @@ def classify(image_features: np.ndarray, labels: np.ndarray, features: np.ndarra
       features: float `[c, d]`, unit length, from `class_features`.
 
     Returns:
+      See `accuracy`.
+    """
+    labels = np.asarray(labels)
+    return accuracy(retrieval.ranks(image_features, features, labels[:, None].tolist()), labels, len(features))
+
+
+def accuracy(rank: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
+    """Accuracy from the rank of each picture's own class.
+
+    Args:
+      rank: int `[m]`, from 1, as `retrieval.ranks` gives it.
+      labels: int `[m]`.
+      classes: how many there are.
+
+    Returns:
       `top1` and `top5`: shares of the pictures; `mean_per_class`: top1 within each class that has pictures, averaged;
       `chance/top1` and `chance/top5`: of a random ranking of the classes; `largest_class`: the top1 of always
       answering with the commonest class, which random ranking understates where classes are uneven.
     """
-    labels = np.asarray(labels)
     if not len(labels):
         raise ValueError("no picture to classify")
-    rank = retrieval.ranks(image_features, features, labels[:, None].tolist())
     _, members, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     per_class = np.bincount(members, weights=rank == 1) / sizes
+    _, top1, top5 = of_class(rank, classes)
     return {
-        "top1": float(np.mean(rank == 1)),
-        "top5": float(np.mean(rank <= min(5, len(features)))),
+        "top1": top1,
+        "top5": top5,
         "mean_per_class": float(per_class.mean()),
-        "chance/top1": 1 / len(features),
-        "chance/top5": min(5, len(features)) / len(features),
+        "chance/top1": 1 / classes,
+        "chance/top5": min(5, classes) / classes,
         "largest_class": float(sizes.max() / len(labels)),
     }
+
+
+def of_class(rank: np.ndarray, classes: int) -> tuple[int, float, float]:
+    """Pictures, and the shares of them in which the right class is the first, and among the first five."""
+    return len(rank), float(np.mean(rank == 1)), float(np.mean(rank <= min(5, classes)))

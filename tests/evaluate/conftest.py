@@ -8,7 +8,7 @@ import pytest
 from coca_jax import config as config_lib
 from coca_jax.data import records, sources
 from coca_jax.data.tokenizer import Tokenizer
-from tests.evaluate.shapes import COLORS, LENGTH, SHAPES, World, draw
+from tests.evaluate.shapes import COLORS, LENGTH, SHAPES, SIZE, World, draw
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     config = config_lib.Config()
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, text=dataclasses.replace(config.model.text, length=LENGTH)),
+        model=dataclasses.replace(
+            config.model,
+            image=dataclasses.replace(config.model.image, size=SIZE),
+            text=dataclasses.replace(config.model.text, length=LENGTH),
+        ),
         evaluate=dataclasses.replace(
             config.evaluate, splits=(seen, new), zero_shot=seen, prompts=("a {}", "{}"), captions=5, batch_size=8
         ),

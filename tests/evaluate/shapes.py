@@ -51,9 +51,9 @@ class World:
     tokenizer: Tokenizer
     config: config_lib.Config
 
-    def batches(self, source: Source):
+    def batches(self, source: Source, start: int = 0):
         settings = {"image_size": SIZE, "length": LENGTH, "batch_size": self.config.evaluate.batch_size}
-        return pipeline.eval_batches(source, self.tokenizer, self.config.data, **settings)
+        return pipeline.eval_batches(source, self.tokenizer, self.config.data, start=start, **settings)
 
     def with_evaluate(self, **changes) -> World:
         evaluate = dataclasses.replace(self.config.evaluate, **changes)

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 
 from coca_jax.config import ConfigError
-from coca_jax.evaluate import asked, pixels, retrieval, suite
+from coca_jax.evaluate import asked, pixels, retrieval, splits, suite, tables
+from coca_jax.evaluate.pieces import Pieces
 from tests.evaluate.shapes import COLORS, LENGTH, SIZE, World, unit
 
 WIDTH = 24
@@ -59,6 +61,17 @@ def generative(world: World):
 
 def whole(world: World, noise: float = 0.0) -> suite.Functions:
     return suite.Functions(*contrastive(world, noise), *generative(world))
+
+
+def scored(world: World, noise: float = 0.0) -> suite.Functions:
+    """Texts that fit a picture are likelier, and short ones likelier than long ones."""
+    encode_image, encode_text = contrastive(world, noise)
+
+    def log_probs(images, tokens):
+        length = (tokens != world.tokenizer.pad_id).sum(1)
+        return 10 * encode_image(images) @ encode_text(tokens).T - 3.0 * length[None, :]
+
+    return dataclasses.replace(whole(world, noise), log_probs=log_probs)
 
 
 def run(world: World, functions: suite.Functions, **changes: Any) -> suite.Results:
@@ -128,10 +141,117 @@ def test_absent_halves_are_absent(world):
     captioner = run(world, dataclasses.replace(functions, encode_image=None, encode_text=None))
     assert {name.split("/")[1] for name in captioner.metrics} == {"caption_loss", "perplexity", "caption_exact_match"}
     assert captioner.captions and not captioner.queries
+    unclassified = run(world.with_evaluate(zero_shot=""), functions)
+    assert not any(name.startswith("zero_shot") for name in unclassified.metrics) and not unclassified.classes
     clip = run(world, dataclasses.replace(functions, caption_loss=None, generate=None))
     assert not any("caption" in name or "perplexity" in name for name in clip.metrics)
     assert clip.queries and not clip.captions
     assert clip.metrics["seen/image_to_text/r1"] == 1
+
+
+def test_captions_and_classes_by_likelihood(world):
+    """Every figure again from the records, one pair at a time."""
+    functions = scored(world, noise=2.0)
+    assert functions.log_probs is not None
+    found = run(world.with_evaluate(likelihood=100), functions)
+    source = world.sources[world.config.evaluate.splits[0]]
+    (batch,) = list(world.with_evaluate(batch_size=18).batches(source))
+    captions = [source[i].captions for i in range(len(source))]
+    texts = list(dict.fromkeys(text for its in captions for text in its))
+    matrix = functions.log_probs(batch["images"], world.tokenizer.encode_batch(texts, LENGTH)).astype(np.float64)
+    likely = matrix - np.log(np.exp(matrix - matrix.max()).mean(0))[None, :]
+    own = [matrix[i, texts.index(text)] for i, its in enumerate(captions) for text in its]
+    assert found.metrics["seen/likelihood/log_prob"] == pytest.approx(np.mean(own), rel=1e-5)
+    right = [[texts.index(text) for text in its] for its in captions]
+    for name, scores in (("image_to_text", matrix), ("image_to_text_pmi", likely)):
+        hits = [scores[i].argmax() in its for i, its in enumerate(right)]
+        assert found.metrics[f"seen/likelihood/{name}/r1"] == pytest.approx(np.mean(hits))
+    hits = [j in right[int(matrix[:, j].argmax())] for j in range(len(texts))]
+    assert found.metrics["seen/likelihood/text_to_image/r1"] == pytest.approx(np.mean(hits))
+    # Classes: of "a {}", the first of the prompts.
+    labels = [source[i].label for i in range(len(source))]
+    known = [i for i, label in enumerate(labels) if label]
+    classes = sorted({labels[i] for i in known})
+    prompts = world.tokenizer.encode_batch([f"a {name}" for name in classes], LENGTH)
+    scores = functions.log_probs(batch["images"], prompts)[known]
+    hits = [classes[int(row.argmax())] == labels[i] for row, i in zip(scores, known, strict=True)]
+    assert found.metrics["zero_shot/likelihood/top1"] == pytest.approx(np.mean(hits))
+    less = np.asarray(scores, np.float64)
+    less = less - np.log(np.exp(less - less.max()).mean(0))[None, :]
+    hits = [classes[int(row.argmax())] == labels[i] for row, i in zip(less, known, strict=True)]
+    assert found.metrics["zero_shot/likelihood_pmi/top1"] == pytest.approx(np.mean(hits))
+    assert found.metrics["zero_shot/likelihood_contrastive/top1"] == found.metrics["zero_shot/top1"]
+    assert found.metrics["zero_shot/likelihood/images"] == len(known)
+    some = run(world.with_evaluate(likelihood=6), functions).metrics
+    assert some["seen/likelihood/images"] == some["zero_shot/likelihood/images"] == 6
+    # A captioner has no other way to classify.
+    alone = dataclasses.replace(functions, encode_image=None, encode_text=None)
+    captioner = run(world.with_evaluate(likelihood=100), alone).metrics
+    same = {key: value for key, value in found.metrics.items() if "likelihood" in key and "contrastive" not in key}
+    assert same == {key: value for key, value in captioner.items() if "likelihood" in key}
+    lines = "\n".join(tables.summary(world.config, captioner | {"zero_shot/images": 15.0}))
+    assert "caption likelihood" in lines and "contrastive" not in lines
+    top1 = captioner["zero_shot/likelihood/top1"]
+    assert f"log P(prompt | image): top-1 {top1:.4f}, top-5 1.0000, mean of classes" in lines
+
+
+def test_each_class_has_its_accuracy(world):
+    found = run(world, whole(world, noise=3.0))
+    assert [one.label for one in found.classes] == ["bar", "circle", "square"]
+    assert sum(one.pictures for one in found.classes) == found.metrics["zero_shot/images"]
+    right = sum(one.top1 * one.pictures for one in found.classes)
+    assert right / found.metrics["zero_shot/images"] == pytest.approx(found.metrics["zero_shot/top1"])
+    assert np.mean([one.top1 for one in found.classes]) == pytest.approx(found.metrics["zero_shot/mean_per_class"])
+    assert len({one.top1 for one in found.classes}) > 1  # they do differ
+    shown = [query for query in found.queries if query.split == "zero_shot"]
+    assert len(shown) == 15 and {query.text for query in shown} == {"bar", "circle", "square"}
+    for query in shown:
+        assert (query.rank == 1) == query.answers[0].right and query.picture
+    share = np.mean([query.rank == 1 for query in shown])
+    assert share == pytest.approx(found.metrics["zero_shot/top1"])
+
+
+@pytest.mark.parametrize("after", [1, 3, 7])
+def test_an_evaluation_that_was_killed_goes_on_inside_a_source(world, tmp_path, monkeypatch, after):
+    """Killed in its n-th call of the model, it computes none of the pieces again that it had."""
+    monkeypatch.setattr(splits, "_PIECE", 1)
+    world = world.with_evaluate(likelihood=10, score_captions=True, batch_size=4)
+    whole_of_it, calls, limit = run(world, scored(world, noise=2.0)), list[str](), [after * 4]
+
+    def counted(functions):
+        def count(name, function):
+            def call(*arrays):
+                if len(calls) == limit[0]:
+                    raise KeyboardInterrupt
+                calls.append(name)
+                return function(*arrays)
+
+            return call
+
+        fields = ("encode_image", "encode_text", "caption_loss", "generate", "log_probs")
+        return dataclasses.replace(functions, **{f: count(f, getattr(functions, f)) for f in fields})
+
+    def evaluate():
+        begun = Pieces(epath.Path(tmp_path) / "pieces", "this")
+        spec = world.config.evaluate.splits[0]
+        one = world.with_evaluate(splits=(spec,), zero_shot=spec)
+        return run(one, counted(scored(world, noise=2.0)), pieces=begun, reference=None), begun
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate()
+    before = len(calls)
+    limit[0] = 10**6
+    results, begun = evaluate()
+    first = calls[before:]
+    assert begun.kept >= after
+    alone = [name for name in whole_of_it.metrics if name.startswith(("seen/", "zero_shot/")) and "/pixel/" not in name]
+    assert {name: results.metrics[name] for name in alone} == {name: whole_of_it.metrics[name] for name in alone}
+    assert results.captions == whole_of_it.captions and results.classes == whole_of_it.classes
+    calls.clear()
+    for path in (tmp_path / "pieces").iterdir():
+        path.unlink()
+    evaluate()
+    assert len(first) < len(calls)
 
 
 def test_gallery_shows_what_was_ranked(world):
@@ -246,7 +366,7 @@ def test_processes_share_the_work(world):
 
 
 def test_batches_that_leave_records_out_are_refused(world):
-    def batches(source):
+    def batches(source, start):
         return list(world.batches(source))[:-1]
 
     with pytest.raises(ValueError, match=r"seen: 2 of 18 records are in no batch; the first is 16"):
@@ -278,6 +398,9 @@ def test_sources_that_are_missing_or_unlabelled_are_refused(world):
         asked.check(world.config, sources, None)
     captioner = dataclasses.replace(world.config, loss=dataclasses.replace(world.config.loss, lambda_con=0.0))
     asked.check(captioner, sources, None)
+    evaluate = dataclasses.replace(captioner.evaluate, likelihood=5)  # which classifies too
+    with pytest.raises(ConfigError, match="has no labels"):
+        asked.check(dataclasses.replace(captioner, evaluate=evaluate), sources, None)
 
 
 def test_what_is_asked_for_is_opened_and_looked_at_before_a_training(world):
@@ -296,12 +419,15 @@ def test_split_names():
         "x:val",
         "tfds:coco_captions/2014:1.1.0?split=val",
         "folder:/data/photos?captions=/x/names.csv",
+        "karpathy:/data/dataset_coco.json?split=test&root=/data/coco",
+        "karpathy:/data/dataset_coco.json?split=train,restval",
     ]
     found = suite.split_names([*specs, "emoji:seen", "emoji:zero_shot"])
-    assert list(found.values()) == ["seen", "coco-val", "val", "val-2", "coco_captions-2014", "photos", "zero_shot-2"]
+    wanted = ["seen", "coco-val", "val", "val-2", "coco_captions-2014", "photos", "coco-test", "coco-train_restval"]
+    assert list(found.values()) == [*wanted, "zero_shot-2"]
 
 
 def test_spread_is_even_and_without_repeats():
     assert suite.spread(10, 2) == [2, 7]
     assert suite.spread(3, 8) == [0, 1, 2]
-    assert suite.spread(5, 0) == []
+    assert suite.spread(5, 0) == suite.spread(0, 5) == []

@@ -14,6 +14,7 @@ from coca_jax.data.sources.base import Source, Spec
 from coca_jax.data.sources.emoji_set import class_names as _emoji_class_names
 from coca_jax.data.sources.emoji_set import open_emoji
 from coca_jax.data.sources.folder import open_folder
+from coca_jax.data.sources.karpathy import open_karpathy
 from coca_jax.data.sources.parquet import open_parquet
 from coca_jax.data.sources.tfds import open_tfds
 from coca_jax.data.sources.webdataset import open_webdataset
@@ -27,6 +28,7 @@ KINDS: dict[str, Callable[[Spec], Source]] = {
     "tfds": open_tfds,
     "parquet": open_parquet,
     "folder": open_folder,
+    "karpathy": open_karpathy,
 }
 
 # Their records tell what they hold: where no option asks for it, labels do not become captions.
@@ -48,6 +50,8 @@ def open_source(spec: str) -> Source:
       parquet: files with columns of picture bytes or of paths; `image`, `caption`, `label`, `root` (folder of paths).
       folder: pictures with a captions.csv, .tsv or .jsonl, or one folder for each class; `captions` (that file),
         `image`, `caption`, `label`.
+      karpathy: COCO and Flickr by Karpathy's splits, a dataset_coco.json; `split` (needed), `root` (folder of the
+        pictures), `captions` (so many of each, the first).
       All with labels: `template` (text with a {} for the class, as often as needed), `templates` (a file of them, one a
         line), `classes` (a file of names by number, or JSON from the data's numbers or words to names). Record.captions
         then holds every template filled.
