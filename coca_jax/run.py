@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -59,7 +60,8 @@ def run(
         profile_steps = read_steps(profile, c.steps)
         distributed.initialize(processes, timeout)
         config.check(c, jax.device_count(), slice_count=sharding.slice_count(), platform=jax.default_backend())
-        return _run(c, checkpoint.absolute(workdir), evaluate_only, profile_steps, started)
+        with contextlib.ExitStack() as held:
+            return _run(c, checkpoint.absolute(workdir), evaluate_only, profile_steps, started, held)
     except loop.Stopped as stopped:
         _say(stopped)
         return EXIT_STOPPED
@@ -71,7 +73,12 @@ def run(
 
 
 def _run(
-    c: config.Config, workdir: epath.Path, evaluate_only: bool, profile_steps: Steps | None, started: float
+    c: config.Config,
+    workdir: epath.Path,
+    evaluate_only: bool,
+    profile_steps: Steps | None,
+    started: float,
+    held: contextlib.ExitStack,
 ) -> int | str:
     slices = sharding.slice_count()
     shape = config.mesh_shape(c.mesh, jax.device_count(), slice_count=slices)
@@ -98,7 +105,7 @@ def _run(
         | {f"the fingerprint of {s.name}": s.fingerprint() for s in (source, *held_out.values())}
         | {"the version of jax": jax.__version__, "evaluation alone": evaluate_only}
     )
-    _begin(c, workdir, tokenizer)
+    _begin(c, workdir, tokenizer, None if evaluate_only else held)
 
     sharding.warn_unsharded(abstract, mesh)
     parameters = states.parameter_count(abstract)
@@ -122,27 +129,38 @@ def _run(
         results = evaluator.results or evaluator.of(state)
     if distributed.is_first():
         seconds = time.monotonic() - started
-        report.write(workdir, c, results, parameters=parameters, seconds=seconds, attribution=source.attribution)
         print("\n".join(tables.summary(c, results.metrics)))
+        try:
+            report.write(workdir, c, results, parameters=parameters, seconds=seconds, attribution=source.attribution)
+        except OSError as error:
+            return (
+                f"error: the report cannot be written ({error}); the model is trained and saved: make room, and start "
+                "again to write it"
+            )
         print(f"report: {page}")
     return 0
 
 
-def _begin(c: config.Config, workdir: epath.Path, tokenizer: Tokenizer) -> None:
+def _begin(c: config.Config, workdir: epath.Path, tokenizer: Tokenizer, held: contextlib.ExitStack | None) -> None:
     """Makes the workdir, or sees that it is this run's: by the first process; then all see that it is one folder.
 
+    Args:
+      held: what holds the workdir's lock until the run ends; None: the workdir is only read, and may be in use.
+
     Raises:
-      ConfigError: it cannot be made, is another run's, or the processes do not share it.
+      ConfigError: it cannot be made, is another run's or in use by one, or the processes do not share it.
     """
     problem = ""
     if distributed.is_first():
         try:
             workdir.mkdir(parents=True, exist_ok=True)
+            if held:
+                held.enter_context(checkpoint.Lock(workdir))
             checkpoint.keep_config(workdir, c)
             tokenizer.save(workdir / checkpoint.TOKENIZER_FILE)
         except OSError as error:
             problem = f"--workdir={workdir} cannot be made or written: {error}"
-        except (ConfigError, checkpoint.CheckpointError) as error:
+        except (ConfigError, checkpoint.CheckpointError, checkpoint.Locked) as error:
             problem = str(error)
     if problem := distributed.gather(problem)[0]:
         raise ConfigError(problem)

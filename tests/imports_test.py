@@ -35,7 +35,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "apply": ("config", "sharding", "data", "model", "losses", "generate"),
     "evaluate": ("config", "data", "generate"),
     "evaluate.__main__": ("config", "commandline", "compiler", "evaluation"),  # flags alone
-    "train": ("config", "sharding", "chips", "data", "model", "losses"),
+    "train": ("config", "sharding", "chips", "distributed", "data", "model", "losses"),
     "interop": ("config", "data", "model", "train.state"),
     "plan": ("config", "commandline", "compiler", "chips", "sharding", "model", "train"),
     "start": ("config", "distributed", "data", "interop", "train", "pretrained"),  # what a run begins from
@@ -62,6 +62,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "pretrained",
     ),
     "embed": ("config", "commandline", "compiler", "data", "interop", "train.checkpoint", "pictures", "pretrained"),
+    "checkpoint": ("config", "commandline", "train.checkpoint"),
     "convert": ("config", "commandline", "compiler", "data", "interop", "train.checkpoint", "pretrained"),
     "pretrained": _BELOW_RUN,  # load()
     "__init__": (*_BELOW_RUN, "pretrained"),  # the public surface
@@ -246,6 +247,7 @@ _HEAVY = ["jax", "flax", "tensorflow", "torch", "tensorflow_datasets", "matplotl
     [
         ("coca_jax", _HEAVY),
         ("coca_jax.main", _HEAVY),  # `--help` answers at once
+        ("coca_jax.checkpoint", _HEAVY),
         ("coca_jax.convert", _HEAVY),
         ("coca_jax.caption", _HEAVY),
         ("coca_jax.embed", _HEAVY),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from coca_jax.data.mixture import Mixture
@@ -99,6 +100,12 @@ class List:
             line = {"source": source.name, "record": record, "key": key, "reason": list(REASONS)[code - 1]}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         if lines:
-            with self.path.open("a") as file:
-                file.write("\n" * self._cut + "".join(lines))
-            self._cut = False
+            try:
+                with self.path.open("a") as file:
+                    file.write("\n" * self._cut + "".join(lines))
+                self._cut = False
+            except OSError as error:  # they are counted all the same
+                self._cut = True
+                logging.warning(
+                    "%s cannot be written (%s): %d bad examples are not listed", self.path, error, len(lines)
+                )

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from absl import logging
 from etils import epath
 from tqdm import tqdm
 
@@ -113,6 +114,12 @@ def _read(path: epath.Path | None) -> dict[str, retrieval.Measures]:
 
 
 def _write(path: epath.Path | None, known: dict[str, retrieval.Measures]) -> None:
-    if path is not None:
+    if path is None:
+        return
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=1))
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(known, indent=1))
+        partial.replace(path)
+    except OSError as error:  # it is only a cache
+        logging.warning("%s cannot be written: %s", path, error)

@@ -92,7 +92,9 @@ def write(
     )
     path = workdir / REPORT_FILE
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    partial = path.with_name(path.name + ".partial")  # a page that is there is whole
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
     return path
 
 

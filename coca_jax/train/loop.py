@@ -154,7 +154,7 @@ def train(
                     progress.say(f"config.evaluate.best={c.evaluate.best!r} is not measured; near it: {near}")
                     results = None
                 keep_best = bool(results) and bool(c.evaluate.best)
-                if last or stopping or keep_best or step % c.checkpoint.every == 0:
+                if last or stopping or keep_best or step % c.checkpoint.every == 0 or checkpoints.due(step):
                     settle()  # a state whose loss is not finite is never saved
                     progress.pause()
                     place = {"position": position, "schedule": schedule.to_json(), "tally": tally.to_json()}

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import math
+import os
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
+from absl import logging
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter, directory_check
 
 from coca_jax import chips
 
 METRICS_FILE = "metrics.jsonl"
+_HELD_LINES = 100_000  # while they cannot be written; then the oldest go
+_BOARD_SECONDS = 30.0  # between flushes of what TensorBoard reads
 
 
 class Writer:
     """Metrics of one run: a JSON line a step in metrics.jsonl, and scalars for TensorBoard. Only process 0 writes.
 
-    A run that goes on from an earlier step drops the lines after that step: each step stands in the file once.
+    A run that goes on from an earlier step drops the lines after that step: each step stands in the file once. Where
+    nothing can be written (a full disk, a storage that does not answer) the run goes on: that is said, lines are held
+    until they can be written, and what was for TensorBoard meanwhile is left out.
     """
 
     def __init__(self, workdir: epath.Path, start_step: int) -> None:
-        self._path = workdir / METRICS_FILE
+        self._path, self._start_step = workdir / METRICS_FILE, start_step
         self._writes = jax.process_index() == 0
-        if not self._writes:
-            return
-        kept = [line for line in read_lines(self._path) if line["step"] <= start_step]
-        partial = self._path.with_name(METRICS_FILE + ".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self._path)
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._lines: collections.deque[str] = collections.deque(maxlen=_HELD_LINES)
+        self._begun = False
+        self._file: Any = None
+        self._board = _Board(workdir / "tensorboard", start_step)
+        self._file_attempts, self._board_attempts = _Attempts(self._path), _Attempts(workdir / "tensorboard")
+        if self._writes:
+            self._file_attempts.make(self._append)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds scalars of a step. Not-a-number is written as null, which is JSON."""
@@ -43,15 +53,108 @@ class Writer:
             return
         values = {name: float(value) for name, value in metrics.items()}
         line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._lines.append(json.dumps(line) + "\n")
+        self._file_attempts.make(self._append)
+        self._board_attempts.make(lambda: self._board.write(step, values))
+
+    def _append(self) -> None:
+        """Writes the lines that are held, all or none."""
+        if not self._begun:
+            kept = [line for line in read_lines(self._path) if line["step"] <= self._start_step]
+            partial = self._path.with_name(METRICS_FILE + ".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.replace(self._path)
+            self._begun = True
+        if not self._lines:
+            return
+        size = self._path.stat().length if self._path.exists() else 0
+        try:
+            self._file = self._file or self._path.open("a")
+            self._file.write("".join(self._lines))
+            self._file.flush()
+        except Exception:
+            file, self._file = self._file, None
+            with contextlib.suppress(Exception):
+                file.close()
+            with contextlib.suppress(Exception):  # of a bucket, where nothing was added
+                os.truncate(self._path, size)
+            raise
+        self._lines.clear()
 
     def close(self) -> None:
-        if self._writes:
-            self._file.close()
-            self._board.close()
+        if not self._writes:
+            return
+        self._file_attempts.make(self._append, now=True)
+        with contextlib.suppress(Exception):
+            if self._file:
+                self._file.close()
+        self._board_attempts.make(self._board.close, now=True)
+
+
+class _Attempts:
+    """Writing what a run can do without: a failure is said, not raised, and for a while nothing more is tried."""
+
+    def __init__(self, what: epath.Path) -> None:
+        self._what, self._pause, self._retry_at = what, 0.0, 0.0
+
+    def make(self, write: Callable[[], None], now: bool = False) -> None:
+        if not now and time.monotonic() < self._retry_at:
+            return
+        try:
+            write()
+        except Exception as error:  # OSError, and what libraries for buckets raise
+            self._pause = min(max(2 * self._pause, 1.0), 300.0)
+            self._retry_at = time.monotonic() + self._pause
+            logging.warning("%s cannot be written (%s): the run goes on", self._what, " ".join(str(error).split()))
+        else:
+            if self._pause:
+                logging.warning("%s is written again", self._what)
+            self._pause = 0.0
+
+
+class _Board:
+    """Scalars for TensorBoard. After a failure they go into another file: what is after a half-written record is lost.
+
+    tensorboardX's SummaryWriter writes in a thread, which dies of the first error, and then blocks who calls it.
+    """
+
+    def __init__(self, folder: epath.Path, start_step: int) -> None:
+        self._folder, self._start_step, self._files = str(folder), start_step, 0
+        self._events: RecordWriter | None = None
+        self._flushed = time.monotonic()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        try:
+            if self._events is None:
+                directory_check(self._folder)
+                self._files += 1
+                name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{self._files}"
+                self._events = RecordWriter(os.path.join(self._folder, name))
+                self._add(event_pb2.Event(file_version="brain.Event:2"))
+                # TensorBoard forgets what earlier files have from this step on.
+                begins = step if self._files > 1 else self._start_step + 1
+                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self._add(event_pb2.Event(step=begins, session_log=start))
+            for name, value in values.items():
+                self._add(event_pb2.Event(step=step, summary=summary.scalar(name, value)))
+            if time.monotonic() > self._flushed + _BOARD_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
+        except Exception:
+            events, self._events = self._events, None
+            with contextlib.suppress(Exception):
+                if events:
+                    events.close()
+            raise
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        assert self._events
+        self._events.write(event.SerializeToString())
+
+    def close(self) -> None:
+        if self._events:
+            self._events.close()
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:

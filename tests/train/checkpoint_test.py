@@ -56,8 +56,9 @@ def test_a_position_of_an_earlier_version_is_refused(tmp_path: pathlib.Path, fre
     with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:
         checkpoints.save(at(fresh, 1), {"position": 8}, {})
         checkpoints.wait()
-    # As it was written, one file a process.
+    # As it was written, one file a process, and no manifest.
     step = tmp_path / "checkpoints" / "1"
+    (step / "manifest.json").unlink()
     (step / "data" / "metadata").rename(step / "data" / "process_0-of-1.json")
     (step / "identity").mkdir()
     with Checkpoints(tmp_path, config.Checkpoint()) as checkpoints:

@@ -1,0 +1,28 @@
+"""Checkpoints: parameters, optimiser, step, PRNG key and data position together, checked leaf by leaf.
+
+paths.py     where things are, and CheckpointError
+store.py     Checkpoints: save, restore, fall back, keep
+digest.py    digests of arrays that do not depend on the mesh
+manifest.py  what is in a step, and whether it still is
+verify.py    reads a step back
+tree.py      the tree that is saved
+workdir.py   config.json
+lock.py      one run in a workdir
+"""
+
+from coca_jax.train.checkpoint.lock import Lock, Locked
+from coca_jax.train.checkpoint.paths import CONFIG_FILE, TOKENIZER_FILE, CheckpointError, absolute
+from coca_jax.train.checkpoint.store import Checkpoints
+from coca_jax.train.checkpoint.workdir import keep_config, read_config
+
+__all__ = [
+    "CONFIG_FILE",
+    "TOKENIZER_FILE",
+    "CheckpointError",
+    "Checkpoints",
+    "Lock",
+    "Locked",
+    "absolute",
+    "keep_config",
+    "read_config",
+]

@@ -1,0 +1,155 @@
+"""The folder of a workdir's checkpoints: which steps there are, which are kept, which are set aside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+
+from absl import logging
+from etils import epath
+
+from coca_jax import config
+from coca_jax.train.checkpoint import manifest
+from coca_jax.train.checkpoint.paths import is_bucket, one_line
+
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names that Orbax gives
+ASIDE = ".quarantined"  # and in those of damaged steps
+REASON = "reason.txt"
+
+
+class Folder:
+    """Steps by their number. `begin`, `prepare`, `set_aside` and `remove_old` are for the first process alone."""
+
+    def __init__(self, path: epath.Path, c: config.Checkpoint | None, best: str) -> None:
+        self.path, self._c, self._best = path, c, best
+        self._good: set[int] = set()  # seen to be whole by this run
+        self._bad: set[int] = set()  # seen to be damaged, and impossible to rename
+        self._metrics: dict[int, dict[str, float] | None] = {}
+
+    def all(self) -> list[int]:
+        """Those that have appeared, in order. Raises OSError where the storage does not answer."""
+        try:
+            names = [path.name for path in self.path.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        steps = sorted(int(name) for name in names if name.isdecimal())
+        if is_bucket(self.path):  # there a step is written in its place, and whole once the marker is there
+            steps = [step for step in steps if (self.path / str(step) / manifest.MARKER).exists()]
+        return [step for step in steps if step not in self._bad]
+
+    def aside(self) -> list[str]:
+        """Names of the damaged steps."""
+        try:
+            return sorted(path.name for path in self.path.iterdir() if ASIDE in path.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def begin(self) -> None:
+        """Makes the folder, and removes what killed saves have left. What goes wrong is met again when saving."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for path in self.path.iterdir():
+                if _UNFINISHED in path.name:
+                    path.rmtree()
+                elif path.name.isdecimal() and int(path.name) not in self.all():
+                    path.rmtree()  # in a bucket: a step without its marker
+        except OSError as error:
+            logging.warning("%s: %s", self.path, one_line(error))
+
+    def prepare(self, step: int) -> tuple[bool, str]:
+        """Sees that a step can be written.
+
+        Returns:
+          Whether it is there already; and what is wrong, or nothing.
+        """
+        probe = self.path / f"probe-{uuid.uuid4().hex[:8]}{_UNFINISHED}"
+        try:
+            if step in self.all():
+                return True, ""
+            self.path.mkdir(exist_ok=True)  # not its parents: where a mount has vanished, they are another disk's
+            self._remove_unfinished(step)
+            probe.write_bytes(bytes(1 << 12))
+            probe.unlink()
+        except Exception as error:  # of buckets, of many kinds
+            with contextlib.suppress(Exception):
+                probe.unlink(missing_ok=True)
+            return False, one_line(error)
+        return False, ""
+
+    def unfinished(self, step: int) -> epath.Path:
+        """Where a step is being written."""
+        for path in self.path.iterdir():
+            if path.name.startswith(f"{step}{_UNFINISHED}"):
+                return path
+        return self.path / str(step)
+
+    def _remove_unfinished(self, step: int) -> None:
+        for path in list(self.path.iterdir()):
+            if path.name.startswith(f"{step}{_UNFINISHED}"):
+                path.rmtree()
+
+    def set_aside(self, step: int, reason: str) -> epath.Path | None:
+        """Renames a damaged step, so that it is never taken again, and removes what was not finished of it.
+
+        Returns:
+          Where it is now; None where there is none, or where it cannot be renamed.
+        """
+        with contextlib.suppress(Exception):
+            self._remove_unfinished(step)
+        folder = self.path / str(step)
+        try:
+            if not folder.exists():
+                return None
+            names = {path.name for path in self.path.iterdir()}
+            number = next(n for n in range(1, len(names) + 2) if f"{step}{ASIDE}-{n}" not in names)
+            where = self.path / f"{step}{ASIDE}-{number}"
+            folder.rename(where)
+        except Exception as error:
+            self._bad.add(step)
+            logging.warning("%s cannot be renamed (%s)", folder, one_line(error))
+            return None
+        self._good.discard(step)
+        with contextlib.suppress(Exception):
+            (where / REASON).write_text(reason + "\n")
+        return where
+
+    def is_good(self, step: int, metrics: dict[str, float] | None = None) -> None:
+        """A step was read and is what was saved."""
+        self._good.add(step)
+        self._bad.discard(step)
+        if metrics:
+            self._metrics[step] = metrics
+
+    def remove_old(self) -> None:
+        """Removes the steps that are not to be kept: none before the newest one was seen to be good."""
+        try:
+            steps = self.all()
+            assert self._c
+            if not self._good or steps[-1] not in self._good:
+                return
+            keep = {*steps[-self._c.keep :], *self._best_of(steps), max(self._good)}
+            for step in steps:
+                if step not in keep:
+                    (self.path / str(step)).rmtree()
+        except Exception as error:
+            logging.warning("%s: an old checkpoint cannot be removed: %s", self.path, one_line(error))
+
+    def _best_of(self, steps: list[int]) -> list[int]:
+        assert self._c
+        if not self._best or not self._c.keep_best:
+            return []
+        for step in steps:
+            if step not in self._metrics:
+                self._metrics[step] = read_metrics(self.path / str(step))
+        less = any(word in self._best for word in ("loss", "rank", "perplexity"))
+        values = {step: found[self._best] for step in steps if (found := self._metrics[step]) and self._best in found}
+        return sorted(values, key=lambda step: (-values[step] if less else values[step], step))[-self._c.keep_best :]
+
+
+def read_metrics(folder: epath.Path) -> dict[str, float] | None:
+    """Of the evaluation that a step was saved with."""
+    try:
+        return dict(json.loads((folder / "metrics" / "metrics").read_text()))
+    except (OSError, ValueError):
+        return None

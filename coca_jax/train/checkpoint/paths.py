@@ -1,0 +1,32 @@
+"""Where a workdir keeps what, and the error of one that cannot be used."""
+
+from __future__ import annotations
+
+import os
+
+from etils import epath
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.model"
+FOLDER = "checkpoints"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used or made. The message names the folder, the leaf and the fix."""
+
+
+def absolute(workdir: epath.PathLike) -> epath.Path:
+    """The path of a workdir as Orbax needs it: from the root of a file system, or a bucket's."""
+    text = os.fspath(workdir)
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
+def is_bucket(path: epath.Path) -> bool:
+    """Whether a path is of an object store, where nothing is renamed in one go."""
+    return "://" in os.fspath(path)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line, not longer than a reader would follow."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,81 @@
+"""What a run began with, kept in its workdir."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from coca_jax import config
+from coca_jax.config import ConfigError
+from coca_jax.data.mixture import read_spec
+from coca_jax.train.checkpoint.paths import CONFIG_FILE, CheckpointError
+
+# What may differ between the run that began in a workdir and the one that goes on: it changes how, not what.
+_MAY_CHANGE = (
+    "log_every",
+    "mesh",
+    "evaluate",
+    "checkpoint",
+    "data.max_bad",
+    "data.prefetch",
+    "data.threads",
+    "data.workers",
+    "model.image.remat",
+    "model.image.scan_unroll",
+    "model.text.remat",
+    "model.pooler.remat",
+    "model.attention",
+    "model.text.scan_unroll",
+    "loss.caption_chunk",
+    "loss.contrastive_tile",
+)
+
+
+def keep_config(workdir: epath.Path, c: config.Config) -> None:
+    """Writes config.json into a new workdir; in a used one, refuses a configuration that would be another run.
+
+    To be called by one process.
+
+    Raises:
+      ConfigError: naming the first key that differs, both values and what to do.
+    """
+    path = workdir / CONFIG_FILE
+    if path.exists():
+        before = read_config(workdir)
+        for key, old, new in _differences(json.loads(config.to_json(before)), json.loads(config.to_json(c))):
+            # Of a mixture the weights may change, see Schedule.changed.
+            weights_alone = key == "data.train" and list(read_spec(old)) == list(read_spec(new))
+            if not weights_alone and not any(key == k or key.startswith(k + ".") for k in _MAY_CHANGE):
+                raise ConfigError(
+                    f"config.{key}={new!r}, but {path} was begun with {old!r}: put it back, or start in another "
+                    "--workdir"
+                )
+            logging.info("config.%s was %r and is %r", key, old, new)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(config.to_json(c))
+    partial.replace(path)
+
+
+def read_config(workdir: epath.PathLike) -> config.Config:
+    """The configuration of a workdir.
+
+    Raises:
+      CheckpointError: the folder is not a workdir, or its config.json is damaged.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        raise CheckpointError(f"{workdir} is not a workdir: it has no {CONFIG_FILE}")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): restore it, or start in another --workdir") from error
+    return config.from_config_dict(values)
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for key in b for d in _differences(a.get(key), b[key], f"{path}.{key}" if path else key)]
+    return [] if a == b else [(path, a, b)]
