@@ -1,12 +1,15 @@
 """Captions a second: with the cache of keys and values, against running the whole decoder again for each token.
 
     python -m benchmarks.decode     # coca_base, 8 pictures, 30 tokens; some minutes on a CPU
+    python -m benchmarks.decode --peer=.venv-peers/bin/python    # coca_ViT-B-32 from pixels, and open_clip
     python -m benchmarks.decode --config=configs/coca_large.py --batch=64 --dtype=bfloat16
 
 Random weights; the end of a caption is forbidden, so that every way makes as many tokens. The ways take turns in one
 process; figures are medians, and ratios of them. The whole decoder runs over the full length each time, as one
-compiled program must: that is what a decoder without a cache costs. Decoding cannot be quicker than its parameters can
-be read: the time that takes at the measured bandwidth of a copy stands beside.
+compiled program must: that is what a decoder without a cache costs. With --peer, open_clip's `generate` decodes with
+the same weights in a process of its own, both from the pictures on; how many of the greedy tokens agree is printed.
+Decoding cannot be quicker than its parameters can be read: the time that takes at the measured bandwidth of a copy
+stands beside.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import json
 import platform
 import runpy
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,10 +29,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from benchmarks.turns import Worker
 from coca_jax import config, generate
 from coca_jax.generate import Options
+from coca_jax.interop import open_clip
 from coca_jax.model.coca import CoCa
 from coca_jax.train import state
 
@@ -68,6 +75,35 @@ def cached(model: config.Model, options: Options) -> Callable[[Any, jax.Array], 
     return decode
 
 
+def from_pixels(model: config.Model, way: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array], Any]:
+    def decode(params: Any, images: jax.Array) -> jax.Array:
+        output: Any = CoCa(model).apply({"params": params}, images, contrastive=False, method="encode_image")
+        return way(params, output.image_tokens)
+
+    return decode
+
+
+def _configuration(args: argparse.Namespace) -> config.Config:
+    recipe = args.config or ("" if args.peer else "configs/coca_base.py")
+    if recipe:
+        c = config.from_config_dict(runpy.run_path(recipe)["get_config"]())
+    else:
+        c = config.Config(model=open_clip.model_config("coca_ViT-B-32"))
+    return dataclasses.replace(c, model=dataclasses.replace(c.model, dtype=args.dtype, attention="xla"))
+
+
+def _peer(args: argparse.Namespace, model: config.Model, params: Any, images: jax.Array) -> Worker:
+    """open_clip with our weights and pictures."""
+    tensors = open_clip.export_parameters(jax.tree.map(np.asarray, params), model)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"weights": f"{folder}/weights.safetensors", "images": f"{folder}/images.safetensors"}
+        save_file(tensors, files["weights"])
+        save_file({"images": np.ascontiguousarray(np.asarray(images).transpose(0, 3, 1, 2))}, files["images"])
+        sizes = {"open_clip": open_clip.open_clip_config(model), "bos_id": BOS, "eos_id": EOS}
+        options = sizes | files | {name: getattr(args, name) for name in ("length", "beams", "dtype")}
+        return Worker("open_clip", args.peer, "benchmarks.open_clip_decode", options)
+
+
 def copy_bandwidth() -> float:
     """Bytes a second that a device reads and writes when it copies 256 MB, the best of several."""
     x = jnp.zeros(64 << 20, jnp.float32)
@@ -83,7 +119,8 @@ def copy_bandwidth() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/coca_base.py", help="recipe")
+    parser.add_argument("--config", default="", help="recipe; default: configs/coca_base.py, with --peer coca_ViT-B-32")
+    parser.add_argument("--peer", default="", help="Python of an environment with open_clip")
     parser.add_argument("--batch", type=int, default=8, help="pictures")
     parser.add_argument("--length", type=int, default=30, help="tokens of a caption")
     parser.add_argument("--beams", type=int, default=6)
@@ -92,31 +129,40 @@ def main() -> None:
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
 
-    c = config.from_config_dict(runpy.run_path(args.config)["get_config"]())
-    c = dataclasses.replace(c, model=dataclasses.replace(c.model, dtype=args.dtype, attention="xla"))
+    c = _configuration(args)
     model, text = c.model, c.model.text
     if not 3 <= args.length <= text.length:
         parser.error(f"--length={args.length} must lie in 3..{text.length}")
     params = jax.jit(lambda: state.init_parameters(c, jax.random.key(0)))()
-    queries = model.pooler.queries - (model.pooler.kind == "single")
     rng = np.random.default_rng(0)
-    image_tokens = jnp.asarray(rng.normal(size=(args.batch, queries, text.width)), model.dtype)
-
     common = {"length": args.length, "min_length": args.length}
     ways = {
-        "greedy, whole decoder each token": whole_decoder(model, args.length),
         "greedy, cached": cached(model, Options(**common)),
         f"beam {args.beams}, cached": cached(model, Options("beam", beams=args.beams, **common)),
     }
+    given = jnp.asarray(rng.normal(size=(args.batch, model.image.size, model.image.size, 3)), jnp.float32)
+    if args.peer:
+        ways = {name: from_pixels(model, way) for name, way in ways.items()}
+    else:
+        queries = model.pooler.queries - (model.pooler.kind == "single")
+        given = jnp.asarray(rng.normal(size=(args.batch, queries, text.width)), model.dtype)
+        ways = {"greedy, whole decoder each token": whole_decoder(model, args.length)} | ways
+    peer = _peer(args, model, params, given) if args.peer else None
     compiled = {name: jax.jit(way) for name, way in ways.items()}
+    made = {}
     for name in tqdm(compiled, desc="compiling", leave=False):
-        jax.block_until_ready(compiled[name](params, image_tokens))
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+        made[name] = jax.block_until_ready(compiled[name](params, given))
+    seconds: dict[str, list[float]] = {}
     for _ in tqdm(range(args.rounds), desc="rounds", leave=False):
+        for name in ("greedy", "beam") if peer else ():
+            answer = peer.ask(do=name)
+            seconds.setdefault(f"open_clip, {name}", []).append(answer["seconds"])
+            if name == "greedy":
+                same = np.mean(np.asarray(answer["tokens"])[:, :-1] == np.asarray(made["greedy, cached"])[:, :-1])
         for name, way in compiled.items():
             started = time.perf_counter()
-            jax.block_until_ready(way(params, image_tokens))
-            seconds[name].append(time.perf_counter() - started)
+            jax.block_until_ready(way(params, given))
+            seconds.setdefault(name, []).append(time.perf_counter() - started)
 
     bandwidth = copy_bandwidth()
     decoder = params["text_decoder"]
@@ -124,13 +170,18 @@ def main() -> None:
     bound = (args.length - 1) * read / bandwidth
     device = f"{jax.devices()[0].device_kind} ({jax.devices()[0].platform})"
     print(
-        f"{args.config}, {args.dtype}, {args.batch} pictures, {args.length} tokens; {device}, {platform.machine()}, "
-        f"jax {jax.__version__}, {datetime.date.today()}"
+        f"{args.config or ('coca_ViT-B-32' if args.peer else 'configs/coca_base.py')}, {args.dtype}, {args.batch} "
+        f"pictures, {args.length} tokens; {device}, {platform.machine()}, jax {jax.__version__}, "
+        f"{datetime.date.today()}"
     )
-    slow = statistics.median(next(iter(seconds.values())))
+    if peer:
+        print(f"{same:.1%} of the greedy tokens are open_clip's; {peer.known['versions']}")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    first = next(iter(medians))
     rows = {}
     for name, values in seconds.items():
-        median = statistics.median(values)
+        median = medians[name]
+        slow = medians.get(f"open_clip, {name.split()[0]}" if peer and "cached" in name else first, medians[first])
         rows[name] = {"captions_per_second": args.batch / median, "seconds": values}
         print(
             f"{name:34} {args.batch / median:9.2f} captions/s   {slow / median:6.2f} x   {median / bound:5.1f} x bound"

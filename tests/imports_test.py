@@ -73,7 +73,7 @@ CLOSED = ("train.loop",)
 
 FORBIDDEN = dict.fromkeys(("torch", "tensorflow"), "the project runs without it")
 # Run against libraries that are made of these, in an environment of its own; and files that only PyTorch can read.
-MAY_IMPORT_TORCH = ("tests/peers/", "coca_jax/interop/torch_files.py")
+MAY_IMPORT_TORCH = ("tests/peers/", "coca_jax/interop/torch_files.py", "benchmarks/open_clip_", "benchmarks/peers.py")
 # In all that a user runs. Tests may: they send things through pickle as Grain does to its worker processes.
 FORBIDDEN_OUTSIDE_TESTS = dict.fromkeys(
     ("pickle", "_pickle", "cloudpickle", "dill", "shelve"), "a pickle runs the code it holds"

@@ -11,11 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import markupsafe
-import matplotlib
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 # Drawn in colours that occur nowhere else, which become CSS variables of the page: light and dark from one drawing.
 _INK, _GRID = "#010203", "#040506"
@@ -80,6 +77,10 @@ def chart(number: int, label: str, unit: str, series: Mapping[str, Series]) -> s
       unit: label of the y axis.
       series: curves by legend name; values that are not finite are gaps.
     """
+    import matplotlib  # as long as all else that a run imports: for the report at its end
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "coca_jax",

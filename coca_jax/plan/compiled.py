@@ -132,10 +132,6 @@ def compile_here(c: config.Config, topology: Topology) -> Measured:
     from jax.experimental import topologies
 
     from coca_jax import sharding
-    from coca_jax.plan import activations, hlo, products
-    from coca_jax.train import optimizer as optimizers
-    from coca_jax.train import state as states
-    from coca_jax.train.step import compile_step
 
     try:
         devices = topologies.get_topology_desc(**topology.options()).devices
@@ -144,9 +140,22 @@ def compile_here(c: config.Config, topology: Topology) -> Measured:
     if len(devices) != topology.chips:
         return Measured(error=f"libtpu gives {len(devices)} devices for the {topology.chips} chips of {topology}")
     shape = config.mesh_shape(c.mesh, len(devices), slice_count=topology.slices, platform="tpu")
-    mesh = sharding.make_mesh(shape, devices, dcn=config.dcn_shape(c.mesh, topology.slices))
+    return compile_on(c, sharding.make_mesh(shape, devices, dcn=config.dcn_shape(c.mesh, topology.slices)))
+
+
+def compile_on(c: config.Config, mesh: Any) -> Measured:
+    """Compiles in this process for a mesh of devices, there or not."""
+    import jax
+
+    from coca_jax import sharding
+    from coca_jax.plan import activations, hlo, products
+    from coca_jax.train import optimizer as optimizers
+    from coca_jax.train import state as states
+    from coca_jax.train.step import compile_step
+
     optimizer = optimizers.make_optimizer(c.optimizer, c.steps, states.abstract_parameters(c))
-    kept = activations.bytes_of_a_row(c) * c.batch_size / c.microbatches / (shape[0] * shape[1])
+    rows = c.batch_size / c.microbatches / (mesh.shape["replica"] * mesh.shape["fsdp"])
+    kept = activations.bytes_of_a_row(c) * rows
     with jax.set_mesh(mesh):
         state = states.abstract(c, optimizer, mesh)
         batch = _abstract_batch(c, sharding.batch_sharding(mesh))
