@@ -254,6 +254,8 @@ def test_tokenizers_that_do_not_fit(tmp_path: pathlib.Path) -> None:
     assert "its tokenizer does not fit the model: config.model.text.vocab_size=40 is too small" in said(
         folder, tokenizer=tmp_path / "v.model"
     )
+    large = directory(tmp_path / "b", tiny.replace(USUAL, text__vocab_size=2048))
+    assert "the model has 2048 pieces, the tokenizer 2" in said(large, tokenizer=tmp_path / "v.model")
     values = open_clip.open_clip_config(USUAL)
     values["text_cfg"]["tokenizer_kwargs"] = {"clean": "canonicalize"}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": values}))

@@ -25,6 +25,7 @@ _WEIGHTS = (
     *("open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "bpe_simple_vocab_16e6.txt.gz")
+_PADDED_TO = 1024  # embeddings may have more rows than there are pieces, up to a multiple of this at most
 _CLIP_SIZE = 49408  # of the vocabulary that open_clip takes where no other is named
 
 # open_clip/constants.py and transform.py: what it takes where preprocess_cfg says nothing.
@@ -90,6 +91,10 @@ def read(path: epath.PathLike, *, tokenizer: epath.PathLike | None = None, name:
             found.check(weights.config.model.text)
         except config.ConfigError as error:
             raise ConversionError(f"{path}: its tokenizer does not fit the model: {error}") from error
+        pieces, rows = found.vocab_size, weights.config.model.text.vocab_size
+        own = described.get(extras.SECTION) is not None and not tokenizer  # that it was exported with, whatever it is
+        if not own and rows > -(-pieces // _PADDED_TO) * _PADDED_TO:
+            raise ConversionError(f"{path}: the model has {rows} pieces, the tokenizer {pieces}: it is another model's")
     return Weights(weights.config, weights.params, found, weights.step)
 
 
