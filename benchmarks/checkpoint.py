@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
     from etils import epath
 
     from coca_jax import config
+    from coca_jax.train import guard
     from coca_jax.train.checkpoint import Checkpoints, digest, manifest, verify
     from coca_jax.train.state import TrainState
 
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
         return TrainState(**(parts | {"step": jax.numpy.int32(step)}))
 
     parts: dict[str, Any] = {"params": tree(), "opt_state": {"mu": tree(), "nu": tree()}, "ema": None}
-    parts |= {"rng": jax.random.key(0), "step": jax.numpy.int32(0)}
+    parts |= {"rng": jax.random.key(0), "step": jax.numpy.int32(0), "guard": guard.fresh()}
     parts |= {name: None for name in TrainState.__dataclass_fields__ if name not in parts}
     size = sum(x.nbytes for x in jax.tree.leaves({k: parts[k] for k in ("params", "opt_state")}))
     print(f"{size / 1e9:.2f} GB in {len(jax.tree.leaves(parts))} arrays, {os.cpu_count()} cores, {jax.devices()[0]}")

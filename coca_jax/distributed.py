@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -23,6 +24,8 @@ from jax.experimental import multihost_utils
 
 FLAGS = ("--coordinator", "--num_processes", "--process_id")
 TIMEOUT = 300.0  # seconds in which all processes must have come together
+HEARTBEAT = 100  # seconds of silence after which a process is taken for lost: JAX's own default
+EXIT_LOST = 75  # EX_TEMPFAIL: another process is gone, and nothing is wrong with this one
 _JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _TORCHRUN = ("MASTER_ADDR", "WORLD_SIZE", "RANK")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")  # what JAX finds its way by
@@ -55,7 +58,7 @@ class Job:
 # Starting
 
 
-def initialize(flags: Mapping[str, str] | None = None, timeout: float = TIMEOUT) -> None:
+def initialize(flags: Mapping[str, str] | None = None, timeout: float = TIMEOUT, heartbeat: int = HEARTBEAT) -> None:
     """Starts JAX as one process of several, where the flags or the environment say that it is one; else does nothing.
 
     The first of these that is there is taken: the flags; `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
@@ -65,6 +68,7 @@ def initialize(flags: Mapping[str, str] | None = None, timeout: float = TIMEOUT)
     Args:
       flags: values by the names in FLAGS; an empty value is a flag that was not given.
       timeout: seconds to wait for the other processes. The process ends, saying so, when they have passed.
+      heartbeat: seconds of silence after which JAX takes a process for lost and ends the others, naming it.
 
     Raises:
       DistributedError: what was given is incomplete or wrong, or the coordinator does not answer.
@@ -91,10 +95,15 @@ def initialize(flags: Mapping[str, str] | None = None, timeout: float = TIMEOUT)
             later = int(timeout) + 60
             if job:
                 jax.distributed.initialize(
-                    job.coordinator, job.count, job.index, job.local_devices, initialization_timeout=later
+                    job.coordinator,
+                    job.count,
+                    job.index,
+                    job.local_devices,
+                    initialization_timeout=later,
+                    heartbeat_timeout_seconds=heartbeat,
                 )
             else:
-                jax.distributed.initialize(initialization_timeout=later)
+                jax.distributed.initialize(initialization_timeout=later, heartbeat_timeout_seconds=heartbeat)
         except Exception as error:  # of many kinds: sockets, metadata servers, JAX
             how = where if job else f"{cluster} was found, but JAX could not start from it"
             raise DistributedError(
@@ -291,6 +300,37 @@ def leave(message: str, patience: float = 10.0) -> str:
     ending.start()
     ending.join(patience)
     os._exit(1)
+
+
+# What a computation says that another process has left: Gloo (CPU), NCCL (GPU), gRPC, TPU's network between slices.
+_LOST = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket closed|unavailable|deadline.exceeded|heartbeat"
+    r"|peer|coordination service",
+    re.IGNORECASE,
+)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of one process of several says that another one has left."""
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    # Computations raise JAX's error, and on CPUs a ValueError of Gloo's.
+    computed = isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in str(error))
+    return several and computed and bool(_LOST.search(str(error)))
+
+
+def wait_for_verdict(error: BaseException, heartbeat: int) -> NoReturn:
+    """Says that another process is gone, and waits: JAX ends this one, naming the lost one, when it is found silent.
+
+    Where JAX has not done so within the heartbeat and ten seconds, the process ends with EXIT_LOST.
+    """
+    text = " ".join(str(error).split())
+    _say(
+        f"process {jax.process_index()} of {jax.process_count()}: another process is gone or cannot be reached "
+        f"({text}); JAX names it within {heartbeat} s. Start all again: they go on from the newest checkpoint"
+    )
+    time.sleep(heartbeat + 10)
+    sys.stdout.flush()
+    os._exit(EXIT_LOST)
 
 
 def _say(message: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -50,10 +50,16 @@ class Evaluator:
         self._c, self._workdir, self._mesh = c, workdir, mesh
         self._reference, self._held_out, self._tokenizer = reference, held_out, tokenizer
         self._pieces = pieces
+        self._poll: Callable[[], None] | None = None
         self._apply = Apply(c, mesh, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        return self.of(state).metrics
+    def __call__(self, state: TrainState, poll: Callable[[], None]) -> dict[str, float]:
+        """As `of`, calling `poll` at every batch, which may raise to leave the evaluation."""
+        self._poll = poll
+        try:
+            return self.of(state).metrics
+        finally:
+            self._poll = None
 
     def of(self, state: TrainState) -> suite.Results:
         """Evaluates the moving average of the parameters where there is one."""
@@ -96,7 +102,7 @@ class Evaluator:
                 rows=pipeline.process_rows(place, batch_size),
                 start=start,
             )
-            return pipeline.place(loader, place, batch_size, c.data.prefetch)
+            return self._polled(pipeline.place(loader, place, batch_size, c.data.prefetch))
 
         self.results = suite.run(
             functions,
@@ -111,6 +117,16 @@ class Evaluator:
             processes=processes(),
         )
         return self.results
+
+    def _polled(self, batches: Iterable[Any]) -> Iterator[Any]:
+        iterator = iter(batches)
+        try:
+            for batch in iterator:
+                if self._poll:
+                    self._poll()
+                yield batch
+        finally:
+            iterator.close()  # type: ignore[attr-defined]  # its threads read ahead
 
 
 def processes() -> suite.Processes:

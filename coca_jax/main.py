@@ -29,6 +29,9 @@ _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, o
 _NUM_PROCESSES = flags.DEFINE_string("num_processes", "", "How many processes the job has.")
 _PROCESS_ID = flags.DEFINE_string("process_id", "", "Which of them this is: 0 .. num_processes - 1.")
 _TIMEOUT = flags.DEFINE_integer("coordinator_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout", 100, "Seconds of silence after which another process is taken for lost.", lower_bound=2
+)
 
 
 def main(argv: list[str]) -> None:
@@ -54,6 +57,7 @@ def main(argv: list[str]) -> None:
             profile=_PROFILE.value,
             processes=processes,
             timeout=_TIMEOUT.value,
+            heartbeat=_HEARTBEAT.value,
         )
     )
 

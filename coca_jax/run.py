@@ -21,12 +21,11 @@ from coca_jax.data.records import DataError, named_in
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import asked, report, tables
 from coca_jax.evaluator import Evaluator
-from coca_jax.train import checkpoint, loop
+from coca_jax.train import checkpoint, loop, stopping
 from coca_jax.train import optimizer as optimizers
 from coca_jax.train import state as states
 from coca_jax.train.profile import Steps, read_steps
-
-EXIT_STOPPED = 143  # 128 + SIGTERM: saved, and can go on
+from coca_jax.train.skipped import Diverged
 
 
 def run(
@@ -37,6 +36,7 @@ def run(
     profile: str = "",
     processes: Mapping[str, str] | None = None,
     timeout: float = distributed.TIMEOUT,
+    heartbeat: int = distributed.HEARTBEAT,
 ) -> int | str:
     """Trains (or only evaluates) and writes the report. Each process of a job calls it with the same arguments.
 
@@ -47,10 +47,11 @@ def run(
       profile: steps to trace, `start:stop`; empty: none.
       processes: flags of `distributed.initialize`; None or empty values: as the environment says.
       timeout: seconds to wait for the other processes.
+      heartbeat: seconds of silence after which one of them is taken for lost, and the others end.
 
     Returns:
-      What to exit with: 0, EXIT_STOPPED, or what is wrong, in a line or a list. In a job of several processes, one
-      in which something is wrong prints that and ends here, so that the others do not wait for it.
+      What to exit with: 0, EXIT_STOPPED, or what is wrong, in a line or a list. In a job of several processes, one in
+      which something is wrong prints that and ends here, so that the others do not wait for it.
     """
     started = time.monotonic()
     commandline.quiet()
@@ -58,16 +59,19 @@ def run(
         c = config.from_config_dict(values)
         config.check(c)
         profile_steps = read_steps(profile, c.steps)
-        distributed.initialize(processes, timeout)
-        config.check(c, jax.device_count(), slice_count=sharding.slice_count(), platform=jax.default_backend())
+        distributed.initialize(processes, timeout, heartbeat)
         with contextlib.ExitStack() as held:
-            return _run(c, checkpoint.absolute(workdir), evaluate_only, profile_steps, started, held)
-    except loop.Stopped as stopped:
+            stop = held.enter_context(stopping.Stopping(c.checkpoint.grace))
+            config.check(c, jax.device_count(), slice_count=sharding.slice_count(), platform=jax.default_backend())
+            return _run(c, checkpoint.absolute(workdir), evaluate_only, profile_steps, started, held, stop)
+    except stopping.Stopped as stopped:
         _say(stopped)
-        return EXIT_STOPPED
-    except (ConfigError, DataError, checkpoint.CheckpointError, loop.NotFinite, distributed.DistributedError) as error:
+        return stopping.EXIT_STOPPED
+    except (ConfigError, DataError, checkpoint.CheckpointError, Diverged, distributed.DistributedError) as error:
         return distributed.leave(f"error: {error}")
-    except Exception:
+    except Exception as error:
+        if distributed.lost(error):
+            distributed.wait_for_verdict(error, heartbeat)
         distributed.leave(traceback.format_exc())
         raise
 
@@ -79,6 +83,7 @@ def _run(
     profile_steps: Steps | None,
     started: float,
     held: contextlib.ExitStack,
+    stop: stopping.Stopping,
 ) -> int | str:
     slices = sharding.slice_count()
     shape = config.mesh_shape(c.mesh, jax.device_count(), slice_count=slices)
@@ -119,13 +124,13 @@ def _run(
     if at == c.steps and reported and not evaluate_only:
         _say(f"complete: {workdir} has been trained to step {at}; the report is {page}")
         return 0
-    if at == c.steps or evaluate_only:
+    if evaluate_only:
         if jax.process_count() > 1:  # JAX keeps the signal for a training that could save
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         results = evaluator.from_checkpoint()
     else:
         begun.tell(workdir)
-        state = loop.train(c, workdir, mesh, source, tokenizer, evaluator, profile_steps, begun.params)
+        state = loop.train(c, workdir, mesh, source, tokenizer, stop, evaluator, profile_steps, begun.params)
         results = evaluator.results or evaluator.of(state)
     if distributed.is_first():
         seconds = time.monotonic() - started

@@ -14,7 +14,7 @@ from coca_jax import run
 from coca_jax.data import records
 from coca_jax.data.records import Record
 from coca_jax.data.sources import open_source
-from coca_jax.train import loop
+from coca_jax.train import loop, stopping
 from coca_jax.train.metrics import read_lines
 from tests import pairs
 
@@ -111,7 +111,7 @@ def test_weights_that_change_on_the_way_hold_from_there_on(
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(loop.Checkpoints, "save", save)
-    assert run.run(stopped, str(tmp_path)) == run.EXIT_STOPPED
+    assert run.run(stopped, str(tmp_path)) == stopping.EXIT_STOPPED
     monkeypatch.undo()
     begun = [line for line in read_lines(tmp_path / "metrics.jsonl") if "loss" in line][-1]
     assert run.run(changed(stopped, data__train=f"0.9 * {faulty} + 0.1 * {sound}"), str(tmp_path)) == 0

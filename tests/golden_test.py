@@ -20,7 +20,7 @@ import pytest
 
 from coca_jax import config
 from coca_jax.sharding import path_of
-from coca_jax.train import optimizer, state
+from coca_jax.train import guard, optimizer, state
 from coca_jax.train.step import train_step
 from tests import tiny
 
@@ -57,7 +57,9 @@ def first_steps() -> dict[str, Any]:
     c = tiny.CONFIG
     params = tiny.parameters(c.model)
     tx = optimizer.make_optimizer(c.optimizer, c.steps, params)
-    now = state.TrainState(np.zeros((), np.int32), params, jax.jit(tx.init)(params), None, jax.random.key(0))
+    now = state.TrainState(
+        np.zeros((), np.int32), params, jax.jit(tx.init)(params), None, jax.random.key(0), guard.fresh()
+    )
     step = jax.jit(lambda now, batch: train_step(c, tx, now, batch))
     found = {}
     for number in (1, 2):

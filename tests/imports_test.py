@@ -28,6 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "cache": (),
     "compiler": ("cache",),
     "commandline": ("config",),
+    "supervise": (),
     "data": ("config", "cache"),
     "model": ("config", "sharding"),
     "losses": ("config", "sharding", "model"),

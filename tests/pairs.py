@@ -28,6 +28,13 @@ def picture(color: str, shape: str, side: int = 24) -> np.ndarray:
     return np.where(inside[..., None], np.array(COLORS[color]), 255).astype(np.uint8)
 
 
+def png(pixels: np.ndarray) -> bytes:
+    """A file of uint8 `[h, w, 3]`."""
+    out = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
 def examples() -> list[tuple[str, str]]:
     return [(color, shape) for color in COLORS for shape in SHAPES]
 
@@ -41,9 +48,8 @@ def write(folder: pathlib.Path, repeats: int = 2) -> tuple[str, pathlib.Path]:
     packed = []
     for repeat in range(repeats):
         for color, shape in examples():
-            out = io.BytesIO()
-            PIL.Image.fromarray(picture(color, shape)).save(out, "PNG")
-            record = Record(f"{color}-{shape}-{repeat}", out.getvalue(), (caption(color, shape),), label=shape)
+            pixels = png(picture(color, shape))
+            record = Record(f"{color}-{shape}-{repeat}", pixels, (caption(color, shape),), label=shape)
             packed.append(records.pack(record, 24, 24))
     records.write(folder / "shapes.array_record", packed)
     Tokenizer.train([caption(*e) for e in examples()] * 20, folder / "shapes.model", vocab_size=300)

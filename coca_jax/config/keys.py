@@ -192,6 +192,22 @@ class Checkpoint:
     every: int = 1000  # steps; one is always written at the end
     keep: int = 3  # newest
     keep_best: int = 1  # and the best by evaluate.best
+    grace: float = 240.0  # seconds in which a run that is asked to stop has saved, or ends without; launchers give 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Steps whose update is left out: a loss or gradient that is not finite, and spikes (docs/reliability.md)."""
+
+    # A spike: the logarithm of the gradient's norm is that many of its running mean deviations above its running mean;
+    # 0: off. Skipped steps stay out of both.
+    spike: float = 10.0
+    after: int = 100  # accepted steps before spikes are looked for
+    max_in_a_row: int = 10  # skipped steps after which the run stops, with the batch's records and the state; 0: never
+    max_skipped: int = 100  # the same of all skipped steps
+    # A step that takes so many times the median, and stall_seconds at least: all threads' stacks are written; 0: off
+    stall: float = 20.0
+    stall_seconds: float = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,3 +225,4 @@ class Config:
     data: Data = Data()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()

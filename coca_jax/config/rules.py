@@ -52,7 +52,8 @@ NOT_NEGATIVE = (
     *("loss.lambda_con", "loss.lambda_cap", "loss.contrastive_tile", "loss.caption_chunk"),
     *("optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps"),
     *("data.workers", "data.threads", "data.color_jitter", "data.hue_jitter", "data.rotate", "data.subword_sampling"),
-    *("evaluate.every", "evaluate.captions", "evaluate.likelihood", "checkpoint.keep_best"),
+    *("evaluate.every", "evaluate.captions", "evaluate.likelihood", "checkpoint.keep_best", "checkpoint.grace"),
+    *("guard.spike", "guard.after", "guard.max_in_a_row", "guard.max_skipped", "guard.stall", "guard.stall_seconds"),
 )
 LARGEST = 2**31 - 1  # of any of these: what JAX counts steps and sides in
 SHARE = (

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -15,7 +12,6 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from coca_jax import config
@@ -26,24 +22,21 @@ from coca_jax.data.tally import Tally
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.model import flops
 from coca_jax.sharding import batch_sharding
-from coca_jax.train import init
+from coca_jax.train import guard as guards
+from coca_jax.train import init, skipped
 from coca_jax.train import optimizer as optimizers
 from coca_jax.train import state as states
 from coca_jax.train.checkpoint import Checkpoints
 from coca_jax.train.metrics import Progress, Writer
 from coca_jax.train.profile import Profile, Steps
+from coca_jax.train.skipped import Diverged
 from coca_jax.train.state import TrainState
 from coca_jax.train.step import compile_step
+from coca_jax.train.stopping import Interrupted, Stopped, Stopping
+from coca_jax.train.watchdog import Watchdog
 
-Evaluator = Callable[[TrainState], dict[str, float]]
-
-
-class NotFinite(RuntimeError):
-    """The loss became infinite or not-a-number. The message names the step; the last checkpoint is from before it."""
-
-
-class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, SIGINT), saved its state, and can go on from there."""
+# Of a state and of what is to be called at every batch: it raises Interrupted where the run is to stop.
+Evaluator = Callable[[TrainState, Callable[[], None]], dict[str, float]]
 
 
 def train(
@@ -52,6 +45,7 @@ def train(
     mesh: Mesh,
     mixture: Mixture,
     tokenizer: Tokenizer,
+    stop: Stopping,
     evaluate: Evaluator | None = None,
     profile_steps: Steps | None = None,
     begin_with: states.Parameters | None = None,
@@ -66,7 +60,9 @@ def train(
       mesh: of all devices.
       mixture: training data.
       tokenizer: of the captions.
-      evaluate: called every `c.evaluate.every` steps and at the end; its metrics are written with the step's.
+      stop: entered; says when the run is to end.
+      evaluate: called every `c.evaluate.every` steps and at the end; its metrics are written with the step's. One that
+        was left because the run was to stop is made up for by the next start.
       profile_steps: traced into `workdir/profile`.
       begin_with: parameters, some of the model's, that a run without a checkpoint begins with.
 
@@ -76,18 +72,14 @@ def train(
     Raises:
       ConfigError: the tokenizer does not fit the model, or nothing would be trained.
       DataError: more of the examples than `c.data.max_bad` cannot be used.
-      NotFinite: the loss is not a number any more; nothing is saved from then on.
+      Diverged: too many updates had to be left out, or the state is not finite; nothing is saved from then on.
       Stopped: on SIGTERM or SIGINT, after saving.
     """
     tokenizer.check(c.model.text)
     identity = pipeline.position_key(mixture, seed=c.seed)
     optimizer = optimizers.make_optimizer(c.optimizer, c.steps, states.abstract_parameters(c))
 
-    with (
-        jax.set_mesh(mesh),
-        Checkpoints(workdir, c.checkpoint, c.evaluate.best) as checkpoints,
-        _stop_signals() as asked_to_stop,
-    ):
+    with jax.set_mesh(mesh), Checkpoints(workdir, c.checkpoint, c.evaluate.best) as checkpoints:
         abstract = states.abstract(c, optimizer, mesh)
         restored = checkpoints.restore(abstract, identity)
         state, place = restored or (states.real(c, optimizer, mesh), {"position": 0})
@@ -98,34 +90,68 @@ def train(
         schedule = Schedule.from_json(place.get("schedule", [[0, mixture.weights]])).changed(position, mixture.weights)
         iterator = iter(_batches(c, mesh, mixture, tokenizer, schedule, position))
         listed = tallies.List(mixture, workdir, jax.process_index())
+        left_out = skipped.List(mixture, workdir, first)
         if first:
             logging.info("resumed %s at step %d", checkpoints.folder, first)
         step_function = compile_step(c, optimizer, mesh, abstract)
-        writer, progress = Writer(workdir, first), Progress(first, c.steps, c.batch_size, flops.of_step(c))
-        profile = Profile(workdir, profile_steps, first)
-        pending: tuple[int, int, dict[str, Any]] | None = None
+        evaluated = bool(place.get("evaluated", True))
+        writer, progress = Writer(workdir, first, evaluated), Progress(first, c.steps, c.batch_size, flops.of_step(c))
+        profile, watchdog = Profile(workdir, profile_steps, first), Watchdog(c.guard, workdir, progress.say)
+        pending: tuple[int, int, np.ndarray, dict[str, Any]] | None = None
+
+        def pause() -> None:
+            """Before what is no step."""
+            progress.pause()
+            watchdog.pause()
+
+        def diverged(at: int, what: str, index: np.ndarray) -> Diverged:
+            pause()
+            kept = left_out.keep(at, index, state, placed(True), identity)
+            return Diverged(f"step {at}: {what}; {kept}; the last checkpoint is step {checkpoints.latest()}")
 
         def settle() -> None:
             """Reads the metrics of the step before and shows them."""
             nonlocal pending
             if pending is None:
                 return
-            (at, seen, metrics), pending = pending, None
+            (at, seen, index, metrics), pending = pending, None
             tally.add(c.batch_size, np.asarray(metrics.pop("problems")))
             metrics = {name: float(value) for name, value in metrics.items()}
-            if not math.isfinite(metrics["loss"]):
-                raise NotFinite(
-                    f"the loss of step {at} is {metrics['loss']}; the last checkpoint, step {checkpoints.latest()}, is "
-                    "from before it: lower config.optimizer.peak_lr, or look at the data"
-                )
             progress.update(at, metrics)
             if at % c.log_every == 0 or at == c.steps:
                 epochs = mixture.epochs(schedule.counts(seen))
                 writer.write(at, metrics | progress.rates | tally.metrics() | epochs)
+            if metrics["guard/in_a_row"]:
+                progress.say(left_out.add(at, metrics, index))
+                for name, key in (("in_a_row", "max_in_a_row"), ("skipped", "max_skipped")):
+                    if 0 < getattr(c.guard, key) <= metrics[f"guard/{name}"]:
+                        what = f"{skipped.reason(metrics)}, and config.guard.{key}={getattr(c.guard, key)} is reached"
+                        raise diverged(at, f"{what}: lower config.optimizer.peak_lr, or look at the data", index)
             tally.check(c.data.max_bad, listed.path)
 
+        def placed(evaluated: bool) -> dict[str, Any]:
+            """The place in the data, and whether there is an evaluation to make up for."""
+            place = {"position": position, "schedule": schedule.to_json(), "tally": tally.to_json()}
+            return place if evaluated else place | {"evaluated": False}
+
+        def evaluation(step: int) -> dict[str, float] | None:
+            """Makes it; None where the run is to stop before it is done."""
+            assert evaluate
+            settle()
+            pause()
+            try:
+                results = evaluate(state, stop.check)
+            except Interrupted:
+                return None
+            if results:
+                writer.write(step, results)
+            return results
+
         try:
+            if evaluate and first and not evaluated and evaluation(first) is None:
+                raise Stopped(f"stopped at step {first} of {c.steps}, where it was before")
             for step in range(first + 1, c.steps + 1):
+                watchdog.begin(step, progress.seconds_per_step)
                 asked = time.monotonic()
                 batch = next(iterator)
                 position += c.batch_size
@@ -134,20 +160,19 @@ def train(
                     state, metrics = step_function(
                         state, {k: v for k, v in batch.items() if k not in pipeline.HOST_KEYS}
                     )
+                stop.unsaved = True
                 listed.add(batch["index"], batch["reason"])
                 settle()
-                pending = (step, position, metrics | {"data_wait_seconds": waited})
+                pending = (step, position, batch["index"], metrics | {"data_wait_seconds": waited})
                 if profile.after(step, metrics):
-                    progress.pause()
+                    pause()
 
                 last, results = step == c.steps, None
-                stopping = asked_to_stop(step) and not last
-                if evaluate and not stopping and (last or (c.evaluate.every and step % c.evaluate.every == 0)):
-                    settle()
-                    progress.pause()
-                    results = evaluate(state)
-                    if results:
-                        writer.write(step, results)
+                stopping = stop.asked()
+                due = bool(evaluate) and (last or bool(c.evaluate.every and step % c.evaluate.every == 0))
+                if due and not stopping:
+                    results = evaluation(step)
+                    stopping, due = results is None, results is None
                 if results and c.evaluate.best and c.evaluate.best not in results:
                     # Found out hours into a run: said at every evaluation, and the run goes on.
                     near = ", ".join(difflib.get_close_matches(c.evaluate.best, results, n=3, cutoff=0.0))
@@ -155,15 +180,18 @@ def train(
                     results = None
                 keep_best = bool(results) and bool(c.evaluate.best)
                 if last or stopping or keep_best or step % c.checkpoint.every == 0 or checkpoints.due(step):
-                    settle()  # a state whose loss is not finite is never saved
-                    progress.pause()
-                    place = {"position": position, "schedule": schedule.to_json(), "tally": tally.to_json()}
-                    checkpoints.save(state, place, identity, results)
-                if stopping:
+                    settle()
+                    pause()
+                    if not guards.finite((state.params, state.opt_state, state.ema)):  # such a state is never saved
+                        raise diverged(step, "parameters or optimiser are not finite any more", batch["index"])
+                    checkpoints.save(state, placed(evaluated=not due), identity, results)
+                if stopping and (due or not last):
                     checkpoints.wait()
                     raise Stopped(f"stopped at step {step} of {c.steps}, saved in {checkpoints.folder}")
             checkpoints.wait()
+            stop.unsaved = False
         finally:
+            watchdog.close()
             profile.close()
             iterator.close()  # its threads would else be torn down with the interpreter, complaining
             writer.close()
@@ -189,34 +217,3 @@ def _batches(
         start=position,
     )
     return pipeline.place(loader, place, c.batch_size, c.data.prefetch)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[int], bool]]:
-    """SIGTERM and the first SIGINT ask the run to stop; a second SIGINT interrupts as usual.
-
-    Yields a function of the step that has been made: whether to stop after it. With several processes it is to be
-    called at every step, and one that is asked stops all of them after one and the same step.
-    """
-    several = jax.process_count() > 1
-    asked: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-        if several:
-            signal.raise_signal(signal.SIGTERM)
-
-    before: dict[signal.Signals, Any] = {}
-    try:
-        # With several processes SIGTERM is JAX's: it tells the others, and all agree on a step that none has made yet.
-        for name in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
-            before[name] = signal.signal(name, note)
-    except ValueError:  # not in the main thread (a notebook's worker): signals are not ours to take
-        pass
-    try:
-        yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(asked)
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)

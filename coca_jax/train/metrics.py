@@ -26,6 +26,11 @@ from coca_jax import chips
 METRICS_FILE = "metrics.jsonl"
 _HELD_LINES = 100_000  # while they cannot be written; then the oldest go
 _BOARD_SECONDS = 30.0  # between flushes of what TensorBoard reads
+# What a clock says of a step. Everything else in the file is the run's own: a run that is made again has the same bits.
+CLOCKS = (
+    *("examples_per_second", "images_per_second_per_device", "model_tflops_per_device", "mfu"),
+    "data_wait_seconds",
+)
 
 
 class Writer:
@@ -36,8 +41,14 @@ class Writer:
     until they can be written, and what was for TensorBoard meanwhile is left out.
     """
 
-    def __init__(self, workdir: epath.Path, start_step: int) -> None:
-        self._path, self._start_step = workdir / METRICS_FILE, start_step
+    def __init__(self, workdir: epath.Path, start_step: int, evaluated: bool = True) -> None:
+        """
+        Args:
+          workdir: folder or bucket.
+          start_step: that the run goes on after.
+          evaluated: False where its evaluation is made again: what was written of it is dropped.
+        """
+        self._path, self._start_step, self._evaluated = workdir / METRICS_FILE, start_step, evaluated
         self._writes = jax.process_index() == 0
         self._lines: collections.deque[str] = collections.deque(maxlen=_HELD_LINES)
         self._begun = False
@@ -60,10 +71,7 @@ class Writer:
     def _append(self) -> None:
         """Writes the lines that are held, all or none."""
         if not self._begun:
-            kept = [line for line in read_lines(self._path) if line["step"] <= self._start_step]
-            partial = self._path.with_name(METRICS_FILE + ".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.replace(self._path)
+            keep_until(self._path, self._start_step, self._evaluated)
             self._begun = True
         if not self._lines:
             return
@@ -170,6 +178,18 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     return lines
 
 
+def keep_until(path: epath.Path, step: int, evaluated: bool = True) -> None:
+    """Drops the lines of later steps from a file of JSON lines with a step each; makes it where it is not there.
+
+    With `evaluated` False also the evaluation's of that step, which have no loss of training.
+    """
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    kept = [line for line in kept if evaluated or line["step"] < step or "loss" in line]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+    partial.replace(path)
+
+
 class Progress:
     """The progress line: step, losses, accuracy in the batch, examples/s, TFLOP/s and MFU, time left."""
 
@@ -231,6 +251,11 @@ class Progress:
                 rates["mfu"] = tflops / self._chip.peak_tflops
         return rates
 
+    @property
+    def seconds_per_step(self) -> float:
+        """The median of recent steps; 0 while there is none."""
+        return self._rate.seconds_per_step
+
     def pause(self) -> None:
         """Before something that is not a step: its time is not training time."""
         self._rate.pause()
@@ -262,5 +287,9 @@ class Rate:
         self._paused = True
 
     @property
+    def seconds_per_step(self) -> float:
+        return max(float(np.median(self._times)), 1e-9) if self._times else 0.0
+
+    @property
     def steps_per_second(self) -> float:
-        return 1.0 / max(float(np.median(self._times)), 1e-9) if self._times else 0.0
+        return 1.0 / self.seconds_per_step if self._times else 0.0

@@ -16,6 +16,8 @@ from coca_jax import config
 from coca_jax.model.coca import CoCa
 from coca_jax.sharding import tree_shardings
 from coca_jax.train import frozen
+from coca_jax.train import guard as guards
+from coca_jax.train.guard import Guard
 
 Parameters = dict[str, Any]
 
@@ -25,11 +27,12 @@ class TrainState:
     """All that a run is, but for its place in the data.
 
     Attributes:
-      step: updates made so far.
+      step: steps made so far, those with a skipped update included.
       params: parameters by path.
       opt_state: optax's, of the parameters that are trained.
       ema: moving average of the parameters in float32, or None.
       rng: the run's key; what a step draws is keyed on (rng, step).
+      guard: running statistics that tell a bad step, and how many were skipped.
     """
 
     step: Int[Array, ""]
@@ -37,6 +40,7 @@ class TrainState:
     opt_state: Any
     ema: Parameters | None
     rng: Key[Array, ""]
+    guard: Guard
 
 
 def abstract_parameters(c: config.Config) -> Parameters:
@@ -84,6 +88,7 @@ def create(c: config.Config, optimizer: optax.GradientTransformation) -> TrainSt
         # float32 even of bfloat16 parameters: the share of a step in a slow average is less than bfloat16 can add.
         ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32), params) if c.optimizer.ema_decay else None,
         rng=run_key,
+        guard=guards.fresh(),
     )
 
 

@@ -15,6 +15,7 @@ from coca_jax.data.records import REASONS
 from coca_jax.model.coca import MAX_LOG_SCALE
 from coca_jax.sharding import batch_sharding, replicated
 from coca_jax.train import frozen
+from coca_jax.train import guard as guards
 from coca_jax.train.accumulate import Batch, Metrics, accumulated_gradients, forward
 from coca_jax.train.optimizer import schedule
 from coca_jax.train.state import Parameters, TrainState
@@ -48,7 +49,7 @@ def gradients_of(c: config.Config, params: Parameters, batch: Batch) -> tuple[Pa
 def train_step(
     c: config.Config, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
-    """Loss, gradients, update.
+    """Loss, gradients, update; the update is left out, and all but the step's count stays, where the guard refuses it.
 
     Metrics are float32 scalars of the global batch; and, where the batch has `problem` (int8 `[b]`), `problems`: int32
     `[len(REASONS)]`, the number of examples with each.
@@ -56,22 +57,26 @@ def train_step(
     gradients, metrics = gradients_of(c, state.params, batch)
     # The norm and all that the optimiser makes of bfloat16 gradients (of bfloat16 parameters) is computed in float32.
     gradients = optax.tree.cast(gradients, jnp.float32)
+    norm, made = optax.tree.norm(gradients), state.step - state.guard.skipped  # updates made so far
+    guard, accepted, judged = guards.judge(c.guard, state.guard, metrics["loss"], norm)
     trained, fixed = frozen.split(state.params, c.optimizer.freeze)
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-    trained = optax.apply_updates(trained, updates)
-    if "logit_scale" in trained:
-        trained["logit_scale"] = jnp.clip(trained["logit_scale"], 0.0, MAX_LOG_SCALE)
+    after = optax.apply_updates(trained, updates)
+    if "logit_scale" in after:
+        after["logit_scale"] = jnp.clip(after["logit_scale"], 0.0, MAX_LOG_SCALE)
     ema = state.ema
     if ema is not None:
         # Early on the average forgets faster, so that it does not remember the initialisation.
-        decay = jnp.minimum(c.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        decay = jnp.minimum(c.optimizer.ema_decay, (1.0 + made) / (10.0 + made))
         averaged, same = frozen.split(ema, c.optimizer.freeze)
-        averaged = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, averaged, trained)
+        averaged = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, averaged, after)
         ema = frozen.join(averaged, same)
-    metrics |= {
-        "gradient_norm": optax.tree.norm(gradients),
-        "update_norm": optax.tree.norm(updates),
-        "learning_rate": jnp.asarray(schedule(c.optimizer, c.steps)(state.step), jnp.float32),
+    before = (trained, state.opt_state, state.ema)
+    trained, opt_state, ema = guards.choose(accepted, (after, opt_state, ema), before)
+    metrics |= judged | {
+        "gradient_norm": norm,
+        "update_norm": jnp.where(accepted, optax.tree.norm(updates), 0.0),
+        "learning_rate": jnp.asarray(schedule(c.optimizer, c.steps)(made), jnp.float32),
     }
     if "problem" in batch:
         # After all else: as the first of the collectives, which depends on nothing, it met others out of turn where
@@ -79,7 +84,8 @@ def train_step(
         problem = jax.lax.optimization_barrier((batch["problem"], metrics["update_norm"], metrics["loss"]))[0]
         reasons = 1 + jnp.arange(len(REASONS), dtype=problem.dtype)
         metrics["problems"] = jnp.sum(problem[:, None] == reasons[None], axis=0, dtype=jnp.int32)
-    return TrainState(state.step + 1, frozen.join(trained, fixed), opt_state, ema, state.rng), metrics
+    params = frozen.join(trained, fixed)
+    return TrainState(state.step + 1, params, opt_state, ema, state.rng, guard), metrics
 
 
 def compile_step(

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from coca_jax import config, sharding
 from coca_jax.model import flops
-from coca_jax.train import frozen, state
+from coca_jax.train import frozen, guard, state
 from coca_jax.train.optimizer import make_optimizer
 from coca_jax.train.step import gradients_of, train_step
 from tests import tiny
@@ -50,7 +50,7 @@ def test_frozen_parameters_keep_their_bits() -> None:
     optimizer = make_optimizer(c.optimizer, c.steps, params)
     moments = optimizer.init(frozen.split(params, c.optimizer.freeze)[0])
     assert not any("image_encoder" in sharding.path_of(p) for p, _ in jax.tree_util.tree_leaves_with_path(moments))
-    before = state.TrainState(np.zeros((), np.int32), params, moments, params, jax.random.key(0))
+    before = state.TrainState(np.zeros((), np.int32), params, moments, params, jax.random.key(0), guard.fresh())
     after, _ = jax.jit(lambda s, b: train_step(c, optimizer, s, b))(before, batch)
     for tree in (after.params, after.ema):
         kept = flat(tree["image_encoder"])

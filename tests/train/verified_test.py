@@ -19,7 +19,7 @@ from etils import epath
 
 from coca_jax import checkpoint as program
 from coca_jax import config
-from coca_jax.train import state
+from coca_jax.train import guard, state
 from coca_jax.train.checkpoint import CheckpointError, Checkpoints, digest, manifest, store, verify
 
 KEEP = config.Checkpoint(keep=5)
@@ -32,7 +32,7 @@ def fresh() -> state.TrainState:
     params = {"blocks": {"kernel": drawn[0], "scale": drawn[1, 0].astype(jnp.bfloat16)}, "logit_scale": drawn[2, 0, 0]}
     params = jax.device_put(params)
     moments = jax.tree.map(lambda x: x + 1, params)
-    return state.TrainState(jnp.int32(0), params, (moments, jnp.int32(0)), None, jax.random.key(0))
+    return state.TrainState(jnp.int32(0), params, (moments, jnp.int32(0)), None, jax.random.key(0), guard.fresh())
 
 
 def abstract(fresh: state.TrainState) -> state.TrainState:

@@ -44,12 +44,15 @@ def state(folder: epath.Path, abstract: TrainState, identity: dict[str, Any]) ->
             )
     wanted = tree.raw_key(abstract)
     found = _together(folder, leaves, lambda: verify.saved_leaves(folder)[1])
+    # A run that an earlier version began has no guard: it goes on with a fresh one.
+    older = not any(path.startswith("guard/") for path in found)
+    guard = {"guard": tree.fresh_guard(wanted.pop("guard"))} if older else {}
     tree.compare(str(folder), found, tree.by_path(wanted))
     handler = ocp.StandardCheckpointHandler()
     args = ocp.args.StandardRestore(_as_saved(wanted, found))
     restored = _together(folder, leaves, lambda: handler.restore(folder / manifest.STATE, args=args))
     _check(folder, leaves, restored)
-    return tree.typed_key(_as_wanted(restored, wanted)), {k: v for k, v in saved.items() if k not in identity}
+    return tree.typed_key(_as_wanted(restored, wanted) | guard), {k: v for k, v in saved.items() if k not in identity}
 
 
 def parameters(folder: epath.Path, abstract: Parameters) -> Parameters:

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 
 from coca_jax.sharding import path_of
+from coca_jax.train import guard as guards
 from coca_jax.train.checkpoint.paths import CheckpointError
+from coca_jax.train.guard import Guard
 from coca_jax.train.state import TrainState
 
 
@@ -46,9 +48,19 @@ def raw_key(state: TrainState) -> dict[str, Any]:
     else:
         rng = jax.random.key_data(rng)
     tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state, "rng": rng}
+    tree["guard"] = {name: getattr(state.guard, name) for name in Guard.__dataclass_fields__}
     return tree | ({} if state.ema is None else {"ema": state.ema})
 
 
 def typed_key(tree: dict[str, Any]) -> TrainState:
     rng = jax.random.wrap_key_data(tree["rng"])
-    return TrainState(tree["step"], tree["params"], tree["opt_state"], tree.get("ema"), rng)
+    return TrainState(tree["step"], tree["params"], tree["opt_state"], tree.get("ema"), rng, Guard(**tree["guard"]))
+
+
+def fresh_guard(places: dict[str, Any]) -> dict[str, Any]:
+    """The values that a run begins with, where they are wanted: for a state that was saved before there was a guard."""
+    shardings = {name: leaf.sharding for name, leaf in places.items()}
+    made: dict[str, Any] = jax.jit(
+        lambda: {name: getattr(guards.fresh(), name) for name in places}, out_shardings=shardings
+    )()
+    return made

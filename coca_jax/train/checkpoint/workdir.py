@@ -19,6 +19,7 @@ _MAY_CHANGE = (
     "mesh",
     "evaluate",
     "checkpoint",
+    "guard",
     "data.max_bad",
     "data.prefetch",
     "data.threads",
