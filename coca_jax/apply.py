@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from coca_jax import config, generate, losses
 from coca_jax.data.images import normalize
+from coca_jax.model import lora
 from coca_jax.model.coca import CoCa
 from coca_jax.sharding import batch_sharding, replicated
 
@@ -26,6 +27,8 @@ _TEXTS = 32  # texts whose likelihood is computed by one call
 class Apply:
     """Functions of (params, arrays). Pictures are uint8 `[b, size, size, 3]`; they are normalised on the device.
 
+    `params` are a run's, low-rank updates included where it has them. With model.head.frames pictures are clips.
+
     An array is either on the mesh already (of `pipeline.place`: each process has read its rows of it), or a host array,
     the same on every process. Every process gets all rows of the result.
     """
@@ -33,18 +36,19 @@ class Apply:
     def __init__(self, c: config.Config, mesh: Mesh, *, bos_id: int, eos_id: int) -> None:
         """
         Args:
-          c: model, data.mean and data.std, and the loss weights, which tell which halves there are.
+          c: model, lora, data.mean and data.std, and the loss weights, which tell which parts there are.
           mesh: of sharding.MESH_AXES.
           bos_id, eos_id: of the tokenizer, for captions.
         """
         self.mesh = mesh
         self.has_contrastive, self.has_captioning = c.loss.lambda_con > 0, c.loss.lambda_cap > 0
+        self.has_classes = c.loss.lambda_cls > 0
         self._shards = mesh.shape["replica"] * mesh.shape["fsdp"]
         model, pad = CoCa(c.model), c.model.text.pad_id
         self._pad_id = pad
 
         def apply(params: Parameters, *args: Any, **kwargs: Any) -> Any:
-            return model.apply({"params": params}, *args, **kwargs)
+            return model.apply({"params": lora.merged(c.lora, params)}, *args, **kwargs)
 
         def pixels(images: jax.Array) -> jax.Array:
             return normalize(images, c.data.mean, c.data.std)
@@ -74,7 +78,7 @@ class Apply:
             keys = None if seeds is None else jax.vmap(jax.random.key)(seeds)
             made = generate.generate(
                 c.model,
-                params,
+                lora.merged(c.lora, params),
                 both.image_tokens,
                 options,
                 bos_id=bos_id,
@@ -106,7 +110,11 @@ class Apply:
 
             return jax.lax.map(of_one, (hidden, labels, weights)).T
 
+        def classify(params: Parameters, images: jax.Array, tokens: jax.Array) -> jax.Array:
+            return apply(params, pixels(images), tokens, method="classify")
+
         self.encode_image = self._compile(encode_image)
+        self.classify = self._compile(classify)
         self.encode_text = self._compile(encode_text)
         self.caption_loss = self._compile(caption_loss)
 

@@ -166,7 +166,7 @@ def _evaluate(
     spec = next(iter((*c.evaluate.splits, c.evaluate.zero_shot)))
     # Batches are as large as the devices want them.
     begun = pieces.Pieces(folder / _PIECES, identity | {"devices": mesh.devices.size}, evaluator.processes())
-    bound = evaluator.Evaluator(c, folder, mesh, None, {spec: source}, weights.tokenizer, begun)
+    bound = evaluator.Evaluator(c, folder, mesh, None, {spec: source}, weights.tokenizer, begun, weights.labels)
     results = bound.of_parameters(params)
     if begun.kept and distributed.is_first():
         print(f"{folder.name}: went on from {begun.kept} pieces that were kept")

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from coca_jax import config, distributed, sharding
 from coca_jax.apply import Apply
 from coca_jax.data import pipeline, sources
+from coca_jax.data.classes import Task
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import suite
 from coca_jax.evaluate.pieces import Pieces
@@ -21,7 +22,7 @@ from coca_jax.train.state import TrainState
 
 
 class Evaluator:
-    """The evaluation that the loop calls; keeps what it found last, for the report.
+    """The evaluation that the loop calls; keeps what it found last, for the report, and before the first step.
 
     With several processes, all of them make one and call it alike.
     """
@@ -35,6 +36,7 @@ class Evaluator:
         held_out: Mapping[str, sources.Source],
         tokenizer: Tokenizer,
         pieces: Pieces | None = None,
+        labels: tuple[str, ...] = (),
     ) -> None:
         """
         Args:
@@ -45,8 +47,11 @@ class Evaluator:
           held_out: the sources that `c.evaluate` names, by that name.
           tokenizer: of the model.
           pieces: see `suite.run`.
+          labels: the classes that model.head tells apart, by number.
         """
         self.results: suite.Results | None = None
+        self.first: dict[str, float] | None = None
+        self._task = Task.of(c, labels)
         self._c, self._workdir, self._mesh = c, workdir, mesh
         self._reference, self._held_out, self._tokenizer = reference, held_out, tokenizer
         self._pieces = pieces
@@ -57,9 +62,12 @@ class Evaluator:
         """As `of`, calling `poll` at every batch, which may raise to leave the evaluation."""
         self._poll = poll
         try:
-            return self.of(state).metrics
+            metrics = self.of(state).metrics
         finally:
             self._poll = None
+        if not int(state.step):
+            self.first = metrics
+        return metrics
 
     def of(self, state: TrainState) -> suite.Results:
         """Evaluates the moving average of the parameters where there is one."""
@@ -84,6 +92,8 @@ class Evaluator:
             caption_loss=bind(apply.caption_loss, apply.has_captioning),
             generate=bind(apply.caption, apply.has_captioning),
             log_probs=bind(apply.log_probs, apply.has_captioning),
+            classify=bind(apply.classify, apply.has_classes),
+            classes=self._task.labels,
             compare=apply.compare,
         )
 
@@ -101,6 +111,7 @@ class Evaluator:
                 batch_size=batch_size,
                 rows=pipeline.process_rows(place, batch_size),
                 start=start,
+                task=self._task,
             )
             return self._polled(pipeline.place(loader, place, batch_size, c.data.prefetch))
 

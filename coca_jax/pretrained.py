@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,10 +15,13 @@ from jaxtyping import Float, UInt8
 
 from coca_jax import config, generate, sharding
 from coca_jax.apply import Apply
+from coca_jax.data import classes
 from coca_jax.data.images import Preprocessor
+from coca_jax.data.records import DataError
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import exported, functions, open_clip
 from coca_jax.interop.weights import ConversionError, Weights
+from coca_jax.model import lora
 from coca_jax.model.image_encoder import resize_parameters
 from coca_jax.train import checkpoint
 from coca_jax.train import state as states
@@ -48,11 +52,12 @@ class Pretrained:
       params: nested dict; `CoCa(config.model).apply({"params": params}, ...)` takes them.
       tokenizer, preprocessor: as in training; the tokenizer is None where none came with the weights.
       step: of training that the parameters are from.
+      labels: what its classifier tells apart, by number; empty without one.
     """
 
     def __init__(self, weights: Weights) -> None:
         c, self.tokenizer = weights.config, weights.tokenizer
-        self.config, self.params, self.step = c, weights.params, weights.step
+        self.config, self.params, self.step, self.labels = c, weights.params, weights.step, weights.labels
         self.preprocessor = Preprocessor.from_config(c.model.image.size, c.data)
         mesh = sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])
         ids = self.tokenizer
@@ -102,6 +107,48 @@ class Pretrained:
         tokens = self._tokenizer().encode_batch(texts, self.config.model.text.length)
         pixels = self.preprocessor.pixels(_several(images))
         return self._rows(lambda params, part: self._apply.log_probs(params, part, tokens), [pixels], batch_size)
+
+    def classify(self, images: Any, *, top: int = 5, batch_size: int = 64) -> list[list[classes.Label]]:
+        """The likeliest classes of each picture, the likeliest first.
+
+        Args:
+          images: as in `encode_image`; of a model for clips a list of clips, each a list of pictures in order.
+          top: how many classes.
+          batch_size: pictures that are computed at a time.
+
+        Raises:
+          ValueError: the model has no classifier, or one that answers questions.
+        """
+        self._classifies(reads_text=False)
+        pixels = self._clips(images)
+        blank = np.full((len(pixels), self.config.model.text.length), self.config.model.text.pad_id, np.int32)
+        return classes.likeliest(self._rows(self._apply.classify, [pixels, blank], batch_size), self.labels, top)
+
+    def answer(
+        self, images: Any, questions: str | Sequence[str], *, top: int = 5, batch_size: int = 64
+    ) -> list[list[classes.Label]]:
+        """The likeliest answers to a question for each picture, or to one for all. Otherwise as `classify`."""
+        self._classifies(reads_text=True)
+        pixels = self._clips(images)
+        texts = [questions] * len(pixels) if isinstance(questions, str) else list(questions)
+        if len(texts) != len(pixels):
+            raise ValueError(f"{len(texts)} questions for {len(pixels)} pictures: give one for all, or one for each")
+        tokens = self._tokenizer().encode_batch(texts, self.config.model.text.length)
+        return classes.likeliest(self._rows(self._apply.classify, [pixels, tokens], batch_size), self.labels, top)
+
+    def _clips(self, images: Any) -> np.ndarray:
+        if (frames := self.config.model.head.frames) == 1:
+            return self.preprocessor.pixels(_several(images))
+        middles = np.full(frames, 0.5)
+        clips = [list(clip) for clip in images]
+        return np.stack([self.preprocessor.pixels(c[i] for i in classes.frames_at(len(c), middles)) for c in clips])
+
+    def _classifies(self, *, reads_text: bool) -> None:
+        if not self._apply.has_classes:
+            raise ValueError("this model was trained with config.loss.lambda_cls=0 and has no classifier")
+        if reads_text != (self.config.model.head.reads == "decoder"):
+            fits = "looks at pictures alone: classify(images)" if reads_text else "answers: answer(images, questions)"
+            raise ValueError(f"this model's classifier {fits}")
 
     def caption(self, images: Any, prompt: str = "", *, batch_size: int = 64, **options: Any) -> list[str]:
         """The best caption of each picture. Arguments as of `captions`."""
@@ -285,9 +332,19 @@ def _read_workdir(workdir: epath.Path, step: int | None, mesh: Mesh | None) -> W
     with checkpoint.Checkpoints(workdir) as checkpoints:
         abstract = states.abstract_parameters(c) if mesh is None else states.placed_parameters(c, mesh)
         params, step = checkpoints.restore_parameters(abstract, step)
+    labels: tuple[str, ...] = ()
+    if c.loss.lambda_cls:
+        try:
+            labels = classes.read(workdir / classes.FILE)
+        except DataError as error:
+            raise checkpoint.CheckpointError(f"{error}; copy {classes.FILE} there from the run") from error
+    if c.lora.rank:  # what is loaded is a model like any other
+        plain = dataclasses.replace(c, lora=config.Lora())
+        places = mesh and jax.tree.map(lambda leaf: leaf.sharding, states.placed_parameters(plain, mesh))
+        params, c = jax.jit(functools.partial(lora.merged, c.lora), out_shardings=places)(params), plain
     tokenizer = Tokenizer(workdir / checkpoint.TOKENIZER_FILE)
     tokenizer.check(c.model.text)
-    return Weights(c, params, tokenizer, step)
+    return Weights(c, params, tokenizer, step, labels)
 
 
 def _several(images: Any) -> Iterable[Any]:

@@ -15,7 +15,7 @@ from etils import epath
 
 from coca_jax import commandline, config, distributed, sharding, start
 from coca_jax.config import ConfigError
-from coca_jax.data import sources
+from coca_jax.data import classes, sources
 from coca_jax.data.mixture import open_mixture
 from coca_jax.data.records import DataError, named_in
 from coca_jax.data.tokenizer import Tokenizer
@@ -93,28 +93,32 @@ def _run(
             "config.data.train is empty: set it to a source, e.g. --config.data.train=emoji:train (built in, prepared "
             "by `python -m coca_jax.data.prepare emoji`) or --config.data.train=array_record:/data/train-*.array_record"
         )
-    begun = start.read(c, workdir, mesh, parameters=not evaluate_only)
-    c = begun.config
-    config.check(c, jax.device_count(), slice_count=slices, platform=jax.default_backend())
     with named_in("data.train", c.data.train):
         source = open_mixture(c.data.train)
+    labels = _labels(c, source, workdir)
+    if labels:
+        head = dataclasses.replace(c.model.head, classes=len(labels))
+        c = dataclasses.replace(c, model=dataclasses.replace(c.model, head=head))
+    begun = start.read(c, workdir, mesh, labels, parameters=not evaluate_only)
+    c = begun.config
+    config.check(c, jax.device_count(), slice_count=slices, platform=jax.default_backend())
     tokenizer = _tokenizer(c, source, begun.tokenizer)
     tokenizer.check(c.model.text)
     held_out = asked.open_sources(c.evaluate)
     asked.check(c, held_out, source)
     abstract = states.abstract_parameters(c)
-    optimizers.make_optimizer(c.optimizer, c.steps, abstract)  # says what is wrong with its patterns
+    optimizers.of_run(c, abstract)  # says what is wrong with its patterns
     leaves = jax.tree_util.tree_leaves_with_path(dataclasses.asdict(c))
     distributed.check_same(
         {"config." + sharding.path_of(path).replace("/", "."): value for path, value in leaves}
         | {f"the fingerprint of {s.name}": s.fingerprint() for s in (source, *held_out.values())}
         | {"the version of jax": jax.__version__, "evaluation alone": evaluate_only}
     )
-    _begin(c, workdir, tokenizer, None if evaluate_only else held)
+    _begin(c, workdir, tokenizer, labels, None if evaluate_only else held)
 
     sharding.warn_unsharded(abstract, mesh)
     parameters = states.parameter_count(abstract)
-    evaluator = Evaluator(c, workdir, mesh, source, held_out, tokenizer)
+    evaluator = Evaluator(c, workdir, mesh, source, held_out, tokenizer, labels=labels)
     devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
     of_processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     _say(f"{parameters / 1e6:.1f}M parameters, {devices}{of_processes}, mesh {dict(mesh.shape)}")
@@ -130,10 +134,12 @@ def _run(
         results = evaluator.from_checkpoint()
     else:
         begun.tell(workdir)
-        state = loop.train(c, workdir, mesh, source, tokenizer, stop, evaluator, profile_steps, begun.params)
+        state = loop.train(c, workdir, mesh, source, tokenizer, stop, evaluator, profile_steps, begun.params, labels)
         results = evaluator.results or evaluator.of(state)
     if distributed.is_first():
         seconds = time.monotonic() - started
+        if evaluator.first is not None:
+            print("before training:\n" + "\n".join(tables.summary(c, evaluator.first)) + "\nafter training:")
         print("\n".join(tables.summary(c, results.metrics)))
         try:
             report.write(workdir, c, results, parameters=parameters, seconds=seconds, attribution=source.attribution)
@@ -146,7 +152,13 @@ def _run(
     return 0
 
 
-def _begin(c: config.Config, workdir: epath.Path, tokenizer: Tokenizer, held: contextlib.ExitStack | None) -> None:
+def _begin(
+    c: config.Config,
+    workdir: epath.Path,
+    tokenizer: Tokenizer,
+    labels: tuple[str, ...],
+    held: contextlib.ExitStack | None,
+) -> None:
     """Makes the workdir, or sees that it is this run's: by the first process; then all see that it is one folder.
 
     Args:
@@ -163,6 +175,8 @@ def _begin(c: config.Config, workdir: epath.Path, tokenizer: Tokenizer, held: co
                 held.enter_context(checkpoint.Lock(workdir))
             checkpoint.keep_config(workdir, c)
             tokenizer.save(workdir / checkpoint.TOKENIZER_FILE)
+            if labels:
+                classes.write(workdir / classes.FILE, labels)
         except OSError as error:
             problem = f"--workdir={workdir} cannot be made or written: {error}"
         except (ConfigError, checkpoint.CheckpointError, checkpoint.Locked) as error:
@@ -184,6 +198,34 @@ def _say(text: object) -> None:
     """Prints, from the first process."""
     if distributed.is_first():
         print(text)
+
+
+def _labels(c: config.Config, source: sources.Source, workdir: epath.Path) -> tuple[str, ...]:
+    """The classes of model.head, by number, the same in all processes; none without it.
+
+    Raises:
+      ConfigError: they are not to be found, or not as many as model.head.classes says.
+    """
+    if not c.loss.lambda_cls:
+        return ()
+    found: Any = ((), "")
+    if distributed.is_first():
+        try:
+            if (workdir / classes.FILE).exists():
+                found = classes.read(workdir / classes.FILE), ""
+            elif c.data.classes:
+                found = classes.read(c.data.classes), ""
+            else:
+                found = classes.of_source(source), ""
+        except DataError as error:
+            found = (), str(error)
+    labels, problem = distributed.gather(found)[0]
+    if not problem and c.model.head.classes not in (0, len(labels)):
+        where = f"{c.data.classes} has" if c.data.classes else "the labels are"
+        problem = f"config.model.head.classes={c.model.head.classes}, and {where} {len(labels)}: leave it 0"
+    if problem:
+        raise ConfigError(problem)
+    return tuple(labels)
 
 
 def _tokenizer(c: config.Config, source: sources.Source, begun_with: Tokenizer | None) -> Tokenizer:

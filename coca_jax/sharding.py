@@ -34,6 +34,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "position": (),
     "patch": (),
     "latent": (),  # the contrastive space
+    "classes": (),  # of a task
+    "rank": (),  # of a low-rank update
 }
 
 # Parameter path -> logical axes; the first match wins. A stacked layer has "layers" in front of what is written here.
@@ -48,6 +50,8 @@ _PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"lm_head/kernel$", ("embed", "vocab")),
     (r"patch_embedding/kernel$", ("patch", "patch", "patch", "embed")),
     (r"(image|text)_projection/kernel$", ("embed", "latent")),
+    (r"^classifier/linear/kernel$", ("embed", "classes")),
+    (r"^classifier/frame_embedding$", ("position", "embed")),
     (r"position_embedding$", ("position", "embed")),
     (r"pooler/query_tokens$", ("position", "embed")),
     (r"/(bias|scale|class_token|cls_embedding)$", ("width",)),
@@ -161,13 +165,28 @@ def parameter_axes(path: str, ndim: int) -> tuple[str, ...]:
     Raises:
       ValueError: no rule matches, or the rule does not fit the number of axes.
     """
+    if found := re.fullmatch(r"lora/(.*)/(a|b)", path):
+        layers = _table_axes(found[1])[: "/blocks/" in path]
+        inputs, outputs = low_rank_axes(found[1])
+        axes = (*layers, *inputs, "rank") if found[2] == "a" else (*layers, "rank", *outputs)
+    else:
+        axes = _table_axes(path)
+    if len(axes) != ndim:
+        raise ValueError(f"parameter {path} has {ndim} axes where the table in sharding.py says {axes}")
+    return axes
+
+
+def low_rank_axes(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The logical axes that the kernel at a path reads and those that it writes; a stack's layers are neither."""
+    axes = tuple(axis for axis in _table_axes(path) if axis != "layers")
+    count = {"heads": 2, "patch": 3}.get(axes[0], 1)
+    return axes[:count], axes[count:]
+
+
+def _table_axes(path: str) -> tuple[str, ...]:
     for pattern, axes in _PARAMETERS:
         if re.search(pattern, path):
-            if "/blocks/" in path:
-                axes = ("layers", *axes)
-            if len(axes) != ndim:
-                raise ValueError(f"parameter {path} has {ndim} axes where the table in sharding.py says {axes}")
-            return axes
+            return ("layers", *axes) if "/blocks/" in path else axes
     raise ValueError(f"parameter {path} matches no rule: add it to the table in coca_jax/sharding.py")
 
 

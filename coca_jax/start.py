@@ -48,7 +48,9 @@ class Start:
             (workdir / REPORT_FILE).write_text(json.dumps(self.report.to_json(), indent=1) + "\n")
 
 
-def read(c: config.Config, workdir: epath.Path, mesh: Mesh, *, parameters: bool = True) -> Start:
+def read(
+    c: config.Config, workdir: epath.Path, mesh: Mesh, labels: tuple[str, ...] = (), *, parameters: bool = True
+) -> Start:
     """Reads what `c.init` names. Where the workdir holds a checkpoint already, no more than the workdir is read.
 
     Each process reads, and all must find the same.
@@ -57,6 +59,7 @@ def read(c: config.Config, workdir: epath.Path, mesh: Mesh, *, parameters: bool 
       c: the configuration as it was given.
       workdir: of the run.
       mesh: the run's; a workdir's parameters come placed on it.
+      labels: the classes of the run's model.head, by number.
       parameters: whether there will be training: only then there may be something to read them for.
 
     Raises:
@@ -68,7 +71,7 @@ def read(c: config.Config, workdir: epath.Path, mesh: Mesh, *, parameters: bool 
     if c.init.checkpoint:
         if going_on or not parameters:
             return _going_on(c, workdir)
-        return _from_checkpoint(c, mesh)
+        return _from_checkpoint(c, mesh, labels)
     if not c.init.image_encoder or going_on or not parameters:
         return Start(c)
     abstract = states.abstract_parameters(c)["image_encoder"]
@@ -89,7 +92,7 @@ def _going_on(c: config.Config, workdir: epath.Path) -> Start:
     return Start(c, tokenizer=tokenizer)
 
 
-def _from_checkpoint(c: config.Config, mesh: Mesh) -> Start:
+def _from_checkpoint(c: config.Config, mesh: Mesh, labels: tuple[str, ...]) -> Start:
     path = c.init.checkpoint
     with _Said("checkpoint", path) as said:
         weights = pretrained.read_weights(path, step=c.init.step or None, mesh=mesh)
@@ -98,8 +101,8 @@ def _from_checkpoint(c: config.Config, mesh: Mesh) -> Start:
         if c.init.model == "checkpoint":
             c = matching.adopt(c, weights.config.model, weights.config.data)
         config.check(c)
-        params, report = matching.match(weights, c, states.abstract_parameters(c), file=path)
-        tokenizer = _tokenizer(c, weights) if "text_decoder" in params else None
+        params, report = matching.match(weights, c, states.abstract_parameters(c), labels, file=path)
+        tokenizer = _tokenizer(c, weights) if "text_decoder" in params else weights.tokenizer
     said.together()
     _check_same("checkpoint", path, params)
     return Start(c, params, report, tokenizer)

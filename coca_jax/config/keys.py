@@ -62,11 +62,23 @@ class TextDecoder:
 
 
 @dataclasses.dataclass(frozen=True)
+class Head:
+    """A classifier, which is there where loss.lambda_cls is above 0."""
+
+    # pooler: an attentional pooler of its own over the image tokens (paper, section 3.3) | contrastive: what the
+    # contrastive pooler gives (linear probe) | decoder: the multimodal half at the last text token (VQA, entailment)
+    reads: str = "pooler"
+    classes: int = 0  # 0: as many as data.classes names, or the training source has labels
+    frames: int = 1  # above 1 an example is a clip of so many frames, whose tokens are pooled together
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     embed_dim: int = 768  # of the shared contrastive space
     image: ImageEncoder = ImageEncoder()
     pooler: Pooler = Pooler()
     text: TextDecoder = TextDecoder()
+    head: Head = Head()
     norm_eps: float = 1e-6  # open_clip: 1e-5
     gelu: str = "tanh"  # tanh | exact (open_clip)
     attention: str = "xla"  # xla | cudnn (NVIDIA GPU, bfloat16) | flash (TPU); decoding with a cache is xla always
@@ -98,11 +110,28 @@ class Init:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank updates of kernels (Hu et al. 2021, arXiv 2106.09685): kernel + alpha / rank * a @ b.
+
+    Only they and model.head are trained. What is loaded or exported of such a run are the kernels with them added.
+    """
+
+    rank: int = 0  # 0: off
+    alpha: float = 16.0
+    kernels: tuple[str, ...] = (r".*attention/(query|value)/kernel",)  # patterns of paths
+
+
+@dataclasses.dataclass(frozen=True)
 class Loss:
-    """lambda_con * contrastive + lambda_cap * captioning (paper, equation 4). A weight of 0 removes that half."""
+    """lambda_con * contrastive + lambda_cap * captioning (paper, equation 4). A weight of 0 removes that half.
+
+    For a task with classes: + lambda_cls * classification.
+    """
 
     lambda_con: float = 1.0
     lambda_cap: float = 2.0
+    lambda_cls: float = 0.0  # above 0: model.head, and labels in the data
+    label_smoothing: float = 0.0  # of classification: share of the target that all classes have evenly
     contrastive: str = "softmax"  # softmax | sigmoid (SigLIP; set model.logit_bias and model.temperature too)
     contrastive_tile: int = 4096  # rows and columns of the similarities held at a time; 0: all at once
     caption_chunk: int = 1024  # tokens of a device whose logits are held at a time; 0: all at once
@@ -122,6 +151,7 @@ class Optimizer:
     decay_mask: str = r".*/(kernel|embedding)$"  # parameters (by path) that decay
     clip_norm: float = 1.0  # global gradient norm; 0: off
     freeze: tuple[str, ...] = ()  # patterns of parameter paths that never change: no gradients, no state
+    layer_decay: float = 1.0  # learning rate of a layer, as a share of that of the next; 1: off
     ema_decay: float = 0.0  # moving average of the parameters, used by evaluation; 0: off
     state_dtype: str = "float32"  # float32 | bfloat16: what momentum is stored in; second moments are float32 always
 
@@ -151,6 +181,7 @@ class Data:
 
     train: str = ""
     tokenizer: str = ""  # SentencePiece model file; empty: the one that the training source brings
+    classes: str = ""  # file of the labels that are classes, one a line; empty: all that the training source has
     crop_area: tuple[float, float] = (0.5, 1.0)  # random-resized crop: share of the area
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # and aspect ratio
     flip: bool = False  # off: captions name sides
@@ -176,6 +207,7 @@ class Data:
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     every: int = 0  # steps; 0: only at the end
+    first: bool = False  # also before the first step: what training makes of what a run begins from
     splits: tuple[str, ...] = ()  # sources for retrieval and captioning loss
     zero_shot: str = ""  # labelled source
     prompts: tuple[str, ...] = ("a photo of a {}.",)  # averaged per class; `imagenet` stands for CLIP's 80
@@ -220,6 +252,7 @@ class Config:
     model: Model = Model()
     init: Init = Init()
     loss: Loss = Loss()
+    lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()
     data: Data = Data()

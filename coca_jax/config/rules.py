@@ -32,6 +32,7 @@ CHOICES = {
     "init.model": ("config", "checkpoint"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
+    "model.head.reads": ("pooler", "contrastive", "decoder"),
     "loss.contrastive": ("softmax", "sigmoid"),
     "optimizer.name": ("adafactor", "adamw", "muon"),
     "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"),
@@ -44,10 +45,11 @@ POSITIVE = (
     *("model.image.heads", "model.image.mlp_dim", "model.pooler.queries", "model.pooler.heads"),
     *("model.text.vocab_size", "model.text.length", "model.text.width", "model.text.heads"),
     *("model.text.mlp_dim", "model.text.n_uni", "optimizer.peak_lr", "data.prefetch"),
+    *("model.head.frames", "lora.alpha", "optimizer.layer_decay"),
     *("data.eval_crop", "evaluate.batch_size", "checkpoint.every", "checkpoint.keep"),
 )
 NOT_NEGATIVE = (
-    *("init.step", "init.image_size"),
+    *("init.step", "init.image_size", "model.head.classes", "loss.lambda_cls", "lora.rank"),
     *("model.text.n_multi", "model.text.pad_id", "model.image.scan_unroll", "model.text.scan_unroll"),
     *("loss.lambda_con", "loss.lambda_cap", "loss.contrastive_tile", "loss.caption_chunk"),
     *("optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps"),
@@ -58,7 +60,7 @@ NOT_NEGATIVE = (
 LARGEST = 2**31 - 1  # of any of these: what JAX counts steps and sides in
 SHARE = (
     *("optimizer.warmup", "optimizer.end_lr", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay"),
-    *("data.grayscale", "data.blur", "data.eval_crop", "data.max_bad"),
+    *("loss.label_smoothing", "optimizer.layer_decay", "data.grayscale", "data.blur", "data.eval_crop", "data.max_bad"),
 )
 
 
@@ -90,10 +92,12 @@ def check(
             raise ConfigError(f"config.{path}={get(config, path)!r} must lie in 0..1")
     check_model(config.model)
     loss, data = config.loss, config.data
-    if loss.lambda_con == 0 and loss.lambda_cap == 0:
+    if loss.lambda_con == loss.lambda_cap == loss.lambda_cls == 0:
         raise ConfigError(
-            "config.loss.lambda_con=0 and config.loss.lambda_cap=0 leave nothing to train: set one above 0"
+            "config.loss.lambda_con=0 and config.loss.lambda_cap=0 leave nothing to train: set one above 0 (or "
+            "lambda_cls, for a task with classes)"
         )
+    _check_head(config)
     if loss.lambda_cap > 0 and config.model.text.n_multi == 0:
         raise ConfigError(
             "config.model.text.n_multi=0 has no decoder for captions, but "
@@ -121,6 +125,7 @@ def check(
     for key, pattern in (
         ("optimizer.decay_mask", config.optimizer.decay_mask),
         *(("optimizer.freeze", pattern) for pattern in config.optimizer.freeze),
+        *(("lora.kernels", pattern) for pattern in config.lora.kernels),
         *(("init.skip", pattern) for pattern in config.init.skip),
     ):
         try:
@@ -177,6 +182,33 @@ def check(
             f"config.model.attention={config.model.attention!r} runs on a {needs}, and this is a {platform}: set it to "
             "'xla'"
         )
+
+
+def _check_head(config: Config) -> None:
+    head, loss = config.model.head, config.loss
+    if loss.lambda_cls == 0:
+        for key, off in (("model.head.classes", 0), ("model.head.frames", 1), ("data.classes", "")):
+            if (value := get(config, key)) != off:
+                raise ConfigError(
+                    f"config.{key}={value!r} says nothing where config.loss.lambda_cls=0 leaves the classifier out: "
+                    "set lambda_cls to 1"
+                )
+        if loss.label_smoothing:
+            raise ConfigError(
+                f"config.loss.label_smoothing={loss.label_smoothing} is of classification, and lambda_cls=0 leaves "
+                "that out: set it to 0, or lambda_cls to 1"
+            )
+        return
+    if head.reads == "decoder":
+        if config.model.text.n_multi == 0:
+            raise ConfigError(
+                "config.model.head.reads='decoder' and config.model.text.n_multi=0: there is no multimodal half to read"
+            )
+        if loss.lambda_con > 0 or loss.lambda_cap > 0:
+            raise ConfigError(
+                f"config.model.head.reads='decoder' reads questions, and config.loss(lambda_con={loss.lambda_con}, "
+                f"lambda_cap={loss.lambda_cap}) are of captions: set both to 0"
+            )
 
 
 def _check_init(init: Init) -> None:

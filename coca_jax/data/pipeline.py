@@ -22,6 +22,7 @@ from absl import flags
 
 from coca_jax import config
 from coca_jax.data import images
+from coca_jax.data.classes import PAIRS, Task
 from coca_jax.data.mixture import Mixture, Schedule, Segment
 from coca_jax.data.records import REASONS, BadExample, DataError, Record
 from coca_jax.data.sources import Source
@@ -42,6 +43,7 @@ class _Read:
     data: config.Data
     image_size: int
     length: int
+    task: Task = PAIRS
 
     def train(self, index: int, rng: np.random.Generator) -> Batch:
         chosen, problem, first = index, 0, ""
@@ -59,15 +61,27 @@ class _Read:
         )
 
     def _augmented(self, index: int, rng: np.random.Generator) -> Batch:
-        record = self._record(index)
+        record, task = self._record(index), self.task
+        example: Batch = {"labels": np.int32(task.number(record))} if task.labels else {}
         captions = [caption for caption in record.captions if caption.strip()]
-        if not captions:
+        if task.texts and not captions:
             raise BadExample("no_caption", f"{self.source.name}: record {index} ({record.key}) has no caption")
-        caption = captions[rng.integers(len(captions)) if len(captions) > 1 else 0]
-        return {
-            "images": images.decode_and_augment(record.image, self.image_size, rng, self.data),
-            "tokens": self.tokenizer.encode(caption, self.length, rng=rng, sampling=self.data.subword_sampling),
-        }
+        tokens = np.full(self.length, self.tokenizer.pad_id, np.int32)
+        if task.texts:
+            caption = captions[rng.integers(len(captions)) if len(captions) > 1 else 0]
+        if task.frames > 1:
+            frames = task.chosen(record, rng)
+            drawn = int(rng.integers(2**63))  # all frames of a clip are augmented alike
+            pixels = [
+                images.decode_and_augment(frame, self.image_size, np.random.default_rng(drawn), self.data)
+                for frame in frames
+            ]
+            example["images"] = np.stack(pixels)
+        else:
+            example["images"] = images.decode_and_augment(record.image, self.image_size, rng, self.data)
+        if task.texts:
+            tokens = self.tokenizer.encode(caption, self.length, rng=rng, sampling=self.data.subword_sampling)
+        return example | {"tokens": tokens}
 
     def _record(self, index: int) -> Record:
         record = self.source[index]
@@ -76,15 +90,17 @@ class _Read:
         return record
 
     def evaluate(self, index: int) -> Batch:
+        frames = self.task.frames
         blank = {
-            "images": np.zeros((self.image_size, self.image_size, 3), np.uint8),
+            "images": np.zeros((*((frames,) if frames > 1 else ()), self.image_size, self.image_size, 3), np.uint8),
             "tokens": np.full(self.length, self.tokenizer.pad_id, np.int32),
         }
         if index >= len(self.source):  # fills the last batch
             return blank | {"problem": np.int8(0)}
         try:
             record = self._record(index)
-            pixels = images.Preprocessor.from_config(self.image_size, self.data).pixels([record.image])[0]
+            fit = images.Preprocessor.from_config(self.image_size, self.data)
+            pixels = fit.pixels(self.task.chosen(record)) if frames > 1 else fit.pixels([record.image])[0]
         except BadExample as error:
             return blank | {"problem": np.int8(_code(error))}
         caption = next((caption for caption in record.captions if caption.strip()), None)
@@ -100,14 +116,21 @@ def _code(error: BadExample) -> int:
 
 
 def train_examples(
-    source: Source, tokenizer: Tokenizer, data: config.Data, *, image_size: int, length: int, seed: int
+    source: Source,
+    tokenizer: Tokenizer,
+    data: config.Data,
+    *,
+    image_size: int,
+    length: int,
+    seed: int,
+    task: Task = PAIRS,
 ) -> grain.MapDataset:
     """The unshuffled examples: element `epoch * len(source) + index` is that record as that epoch sees it.
 
     Grain seeds the generator of each element by (seed, that number), so that an example met in training can be made
     again alone, whatever the batch size, the processes and the workers were.
     """
-    read = _Read(source, tokenizer, data, image_size, length)
+    read = _Read(source, tokenizer, data, image_size, length, task)
     indices = grain.MapDataset.range(len(source))
     return indices.seed(seed).random_map(read.train)
 
@@ -129,6 +152,7 @@ def train_loader(
     schedule: Schedule | None = None,
     rows: np.ndarray | None = None,
     start: int = 0,
+    task: Task = PAIRS,
 ) -> grain.IterDataset:
     """Training batches of this process, without end.
 
@@ -148,16 +172,18 @@ def train_loader(
       schedule: of the mixture; None: the mixture's weights from the beginning.
       rows: of each global batch that are read here, as `process_rows` tells them; None: all.
       start: position of the stream to begin at.
+      task: whether examples have classes, frames, texts.
 
     Returns:
       Of `{"images": uint8 [b, image_size, image_size, 3], "tokens": int32 [b, length], "index": int64 [b],
       "problem": int8 [b]}`, with b = len(rows), index the number of the record in the source, and problem 0, or, where
       that record could not be used and another stands in its place, 1 + the number of the reason in records.REASONS.
+      Of a task with classes also `"labels": int32 [b]`; of clips images are `[b, frames, image_size, image_size, 3]`.
     """
     mixture = source if isinstance(source, Mixture) else Mixture([source], [1.0])
     streams = [
         train_examples(
-            part, tokenizer, data, image_size=image_size, length=length, seed=source_seed(seed, number)
+            part, tokenizer, data, image_size=image_size, length=length, seed=source_seed(seed, number), task=task
         ).shuffle()
         for number, part in enumerate(mixture.sources)
     ]
@@ -175,6 +201,7 @@ def eval_batches(
     batch_size: int,
     rows: np.ndarray | None = None,
     start: int = 0,
+    task: Task = PAIRS,
 ) -> grain.IterDataset:
     """One pass over the source in order, without augmentation and with the first caption of each record.
 
@@ -189,7 +216,7 @@ def eval_batches(
       `"index": int64 [B]` and `"valid": bool [B]` of the whole global batch: every process knows which records the
       others read. The index of an example that is not valid is -1.
     """
-    read = _Read(source, tokenizer, data, image_size, length)
+    read = _Read(source, tokenizer, data, image_size, length, task)
     total = -(-len(source) // batch_size) * batch_size
     rows = np.arange(batch_size) if rows is None else rows
     batches = _batched(grain.MapDataset.range(total).map(read.evaluate), batch_size, rows, start * batch_size)

@@ -36,6 +36,7 @@ REASONS = {
     "too_large": "its picture has more pixels than images.MAX_PIXELS",
     "no_caption": "it has no caption, or only blank ones",
     "encoding": "its caption is not UTF-8",
+    "no_class": "its label is none of the classes of the task",
 }
 
 
@@ -56,14 +57,15 @@ class BadExample(DataError):
 
 
 class Record(NamedTuple):
-    """One picture with its captions.
+    """One picture with its captions; or a clip, whose first frame is the picture.
 
     Attributes:
       key: unique within its source.
       image: the encoded picture (JPEG, PNG, ...), as it was published.
       captions: one or more; training draws one each time.
-      label: class for zero-shot classification; empty where there is none.
+      label: class of a task, or for zero-shot classification; empty where there is none.
       style: where the picture comes from, e.g. the designer; empty where unknown.
+      frames: of a clip the encoded pictures after the first, in order.
     """
 
     key: str
@@ -71,6 +73,7 @@ class Record(NamedTuple):
     captions: tuple[str, ...]
     label: str = ""
     style: str = ""
+    frames: tuple[bytes, ...] = ()
 
 
 def check_unicode(texts: Iterable[str], where: str) -> None:
@@ -94,6 +97,7 @@ def pack(record: Record, width: int, height: int) -> bytes:
             "label": record.label,
             "style": record.style,
         }
+        | ({"frames": list(record.frames)} if record.frames else {})
     )
 
 
@@ -107,6 +111,7 @@ def unpack(data: bytes) -> Record:
             tuple(fields["captions"]),
             fields.get("label", ""),
             fields.get("style", ""),
+            tuple(fields.get("frames", ())),
         )
         texts = (record.key, record.label, record.style, *record.captions)
         if not (isinstance(record.image, bytes) and all(isinstance(text, str) for text in texts)):

@@ -14,7 +14,7 @@ import numpy as np
 
 from coca_jax.config import Config
 from coca_jax.data.images import Preprocessor
-from coca_jax.evaluate import caption_scores, captioning, likelihood, retrieval, zero_shot
+from coca_jax.evaluate import caption_scores, captioning, classification, likelihood, retrieval, zero_shot
 from coca_jax.evaluate.results import Answer, Caption, ClassScore, Functions, Query, Results
 from coca_jax.evaluate.splits import Split, spread
 
@@ -133,6 +133,22 @@ def _likelihood(split: Split) -> Results:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A task's classes
+
+
+def _classes(split: Split) -> Results:
+    """The trained classifier on the records that have a label."""
+    numbers = {label: number for number, label in enumerate(split.functions.classes)}
+    asked = [row for row, label in enumerate(split.table.labels) if label]
+    if not asked:
+        raise ValueError(f"config.evaluate.splits names {split.source.name!r}, which has no labels to compare with")
+    right = np.array([numbers.get(split.table.labels[row], -1) for row in asked])
+    found = classification.accuracy(split.rows["class_logits"][asked], right)
+    prefix = f"{split.name}/classification"
+    return Results(flat(found, prefix) | {f"{prefix}/records": float(len(asked))})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Zero-shot classification
 
 
@@ -206,6 +222,7 @@ def _encodes(functions: Functions) -> bool:
 
 
 EVALUATORS: tuple[Evaluator, ...] = (
+    Evaluator(lambda f, c, spec: spec in c.evaluate.splits and f.classify is not None, ("classes",), _classes),
     Evaluator(lambda f, c, spec: spec in c.evaluate.splits and _encodes(f), ("features",), _retrieval),
     Evaluator(lambda f, c, spec: spec in c.evaluate.splits and f.caption_loss is not None, ("losses",), _losses),
     Evaluator(

@@ -155,6 +155,11 @@ def _tiles(metrics: Mapping[str, float], splits: Sequence[str]) -> list[dict[str
     return tiles
 
 
+def _objective(loss: config_lib.Loss) -> str:
+    text = f"{loss.lambda_con:g} x contrastive + {loss.lambda_cap:g} x captioning"
+    return text + (f" + {loss.lambda_cls:g} x classification" if loss.lambda_cls else "")
+
+
 def _facts(
     config: config_lib.Config,
     step: int | None,
@@ -170,7 +175,7 @@ def _facts(
         ("Image", f"ViT, {image.depth} layers of width {image.width}, {image.size} px in patches of {image.patch}"),
         ("Text", f"{text.n_uni} unimodal + {text.n_multi} multimodal layers of width {text.width}"),
         ("Poolers", f"{pooler.kind}, {pooler.queries} queries; {config.model.embed_dim} shared dimensions"),
-        ("Objective", f"{loss.lambda_con:g} x contrastive + {loss.lambda_cap:g} x captioning"),
+        ("Objective", _objective(loss)),
         ("Steps", f"{done}, batch {config.batch_size:,}"),
         ("Optimiser", f"{optimizer.name}, peak rate {optimizer.peak_lr:g}, {optimizer.schedule} decay"),
         ("Precision", f"{config.model.dtype} compute, {config.model.param_dtype} parameters; seed {config.seed}"),

@@ -25,6 +25,8 @@ class Functions:
       caption_loss: (images, tokens) -> (sum of negative log-likelihoods in nats `[b]`, target tokens `[b]`).
       generate: images -> tokens int32 `[b, t]`.
       log_probs: (images, tokens `[c, t]`) -> log P(text | image) in nats of every text for every image, `[b, c]`.
+      classify: (images, tokens) -> logits `[b, k]` of a task's classes.
+      classes: these classes' labels, by number.
       compare: scores of many pairs on the devices, see `retrieval.Comparer`; None: all are computed on the host.
     """
 
@@ -33,6 +35,8 @@ class Functions:
     caption_loss: Callable[[Array, Array], tuple[Array, Array]] | None = None
     generate: Callable[[Array], Array] | None = None
     log_probs: Callable[[Array, Array], Array] | None = None
+    classify: Callable[[Array, Array], Array] | None = None
+    classes: tuple[str, ...] = ()
     compare: Comparer | None = None
 
 

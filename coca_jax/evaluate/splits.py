@@ -45,12 +45,18 @@ def _said(functions: Functions, batch: Batch) -> dict[str, Array]:
     return {"said": functions.generate(batch["images"])}
 
 
+def _classes(functions: Functions, batch: Batch) -> dict[str, Array]:
+    assert functions.classify is not None
+    return {"class_logits": functions.classify(batch["images"], batch["tokens"])}
+
+
 # What one pass over the pictures can compute: (functions, batch) -> arrays with a row for each picture, `[b, ...]`. An
 # evaluator names those that it needs, and each is computed once however many do.
 PASSES: dict[str, Callable[[Functions, Batch], dict[str, Array]]] = {
     "features": _features,
     "losses": _losses,
     "said": _said,
+    "classes": _classes,
 }
 
 

@@ -56,8 +56,9 @@ def run(
     `seen/caption_loss` (nats a token, against the caption in the batch), `seen/perplexity`; of the first split
     `seen/caption_exact_match`, the share of the generated captions that is right word for word; with
     `config.evaluate.score_captions` of all pictures `seen/captions/cider` and the rest of `caption_scores.scores`; and
-    `zero_shot/top1` with the rest of `zero_shot.accuracy`. With `config.evaluate.likelihood`, of so many pictures,
-    `seen/likelihood/log_prob` (nats a caption) and `likelihood.recall`, `zero_shot/likelihood/top1`,
+    `zero_shot/top1` with the rest of `zero_shot.accuracy`. With a task's classes, of the labelled records
+    `seen/classification/top1` and the rest of `classification.accuracy`. With `config.evaluate.likelihood`, of so many
+    pictures, `seen/likelihood/log_prob` (nats a caption) and `likelihood.recall`, `zero_shot/likelihood/top1`,
     `zero_shot/likelihood_pmi/top1` and for comparison `zero_shot/likelihood_contrastive/top1`.
 
     With several processes, each calls this with the same arguments and reads its share: the texts of every n-th record,

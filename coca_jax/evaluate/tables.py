@@ -49,6 +49,11 @@ def summary(c: config_lib.Config, metrics: Mapping[str, float]) -> list[str]:
         if f"{name}/captions/cider" in metrics:
             scores = "  ".join(f"{key} {metrics[f'{name}/captions/{key}']:.4f}" for key in _SCORES)
             lines.append(f"{name:14} captions      {scores}")
+        if f"{name}/classification/top1" in metrics:
+            kinds = ("top1", "top5", "largest_class", "chance/top1")
+            top1, top5, largest, chance = (f"{metrics[f'{name}/classification/{kind}']:.4f}" for kind in kinds)
+            what = f"top-1 {top1}, top-5 {top5}, always the largest class {largest}, chance {chance}"
+            lines.append(f"{name:14} classes       {what}")
         if f"{name}/caption_loss" in metrics:
             loss, perplexity = metrics[f"{name}/caption_loss"], metrics[f"{name}/perplexity"]
             lines.append(f"{name:14} captioning loss {loss:.3f}, perplexity {perplexity:.2f}")
@@ -83,7 +88,8 @@ def recall(metrics: Mapping[str, float], name: str) -> dict[str, Any]:
 
 def others(metrics: Mapping[str, float], config: config_lib.Config, splits: Sequence[str]) -> list[dict[str, Any]]:
     """The tables below that of retrieval: those of which there are figures."""
-    return [*_likelihood(metrics, splits), *_zero_shot(metrics, config), *_captioning(metrics, splits)]
+    tables = (_classification(metrics, splits), _likelihood(metrics, splits))
+    return [*tables[0], *tables[1], *_zero_shot(metrics, config), *_captioning(metrics, splits)]
 
 
 def classes(scores: Sequence[suite.ClassScore]) -> list[dict[str, Any]]:
@@ -106,6 +112,23 @@ def _share(value: float | None) -> str:
 
 def _table(title: str, text: str, head: list[str], rows: list[dict[str, Any]], examples: Sequence[str] = ()) -> Any:
     return [{"title": title, "text": text, "examples": examples, "head": head, "rows": rows}] if rows else []
+
+
+def _classification(metrics: Mapping[str, float], splits: Sequence[str]) -> Any:
+    kinds = ("top1", "top5", "mean_per_class", "largest_class", "chance/top1")
+    rows = [
+        {
+            "name": name,
+            "cells": [plain(metrics.get(f"{name}/classification/records"))]
+            + [percent(metrics.get(f"{name}/classification/{kind}")) for kind in kinds],
+            "soft": False,
+        }
+        for name in splits
+        if f"{name}/classification/top1" in metrics
+    ]
+    text = "The trained classifier on labelled records; beside it, answering always with the largest class, and chance."
+    head = ["split", "records", "top 1", "top 5", "top 1, mean over classes", "largest class", "chance"]
+    return _table("Classification", text, head, rows)
 
 
 def _likelihood(metrics: Mapping[str, float], splits: Sequence[str]) -> Any:

@@ -29,16 +29,17 @@ _OWNERS = {
     "pooler.": r"\w+_pooler/",
     "text.": "text_decoder/",
     "embed_dim": r"\w+_projection/",
+    "head.": "classifier/",
 }
 
 
 def adopt(c: config.Config, model: config.Model, data: config.Data) -> config.Config:
-    """The configuration with a checkpoint's model, and how its pictures are read, as `init.model=checkpoint` means it.
+    """The configuration with a checkpoint's model (its head apart) and how pictures are read: `init.model=checkpoint`.
 
     Raises:
       ConfigError: init.image_size is no multiple of the patch.
     """
-    for key in HOW:
+    for key in (*HOW, "head"):
         model = _with(model, key, config.get(c, f"model.{key}"))
     if c.init.image_size:
         model = _with(model, "image.size", c.init.image_size)
@@ -47,13 +48,16 @@ def adopt(c: config.Config, model: config.Model, data: config.Data) -> config.Co
     return dataclasses.replace(c, model=model, data=dataclasses.replace(c.data, **pictures))
 
 
-def match(weights: Weights, c: config.Config, wanted: Parameters, *, file: str) -> tuple[Parameters, Report]:
+def match(
+    weights: Weights, c: config.Config, wanted: Parameters, labels: tuple[str, ...] = (), *, file: str
+) -> tuple[Parameters, Report]:
     """Those of a checkpoint's parameters that a model can begin with.
 
     Args:
       weights: the checkpoint.
       c: of the model: `model`, `data`, and `init.skip`, whose parameters are left out.
       wanted: the model's parameters or their shapes, a nested dict.
+      labels: the classes of the model's head, by number.
       file: what the report calls the checkpoint.
 
     Returns:
@@ -74,6 +78,11 @@ def match(weights: Weights, c: config.Config, wanted: Parameters, *, file: str) 
     taken = [path for path in ours if path in theirs and path not in asked]
     if not taken:
         reasons.append("no parameter of it is taken: config.init.skip leaves nothing to begin with")
+    if "classifier/linear/kernel" in taken and labels != weights.labels:
+        reasons.append(
+            f"its classifier tells {len(weights.labels)} other classes apart: train a new one, with "
+            "config.init.skip=('classifier/.*',)"
+        )
     reasons += _other_model(weights.config.model, c.model, taken)
     notes: list[str] = []
     if any(path.startswith("image_encoder/") for path in taken):

@@ -29,12 +29,14 @@ class Weights:
       params: nested dict of arrays; `CoCa(config.model).apply({"params": params}, ...)` takes them.
       tokenizer: that the model was trained with; None where it did not come with the weights.
       step: of training that they are from; 0: not known.
+      labels: the classes of model.head by number; none without it.
     """
 
     config: config.Config
     params: Parameters
     tokenizer: Tokenizer | None
     step: int = 0
+    labels: tuple[str, ...] = ()
 
     @property
     def has_contrastive(self) -> bool:
@@ -43,3 +45,11 @@ class Weights:
     @property
     def has_captioning(self) -> bool:
         return self.config.loss.lambda_cap > 0
+
+    def without_classifier(self, where: str) -> None:
+        """Raises ConversionError where the model has a classifier, for which `where` has no place."""
+        if self.config.loss.lambda_cls > 0:
+            raise ConversionError(
+                f"this model has a classifier of {len(self.labels)} classes, for which {where} has no place: keep the "
+                "workdir, which coca_jax.load opens with it"
+            )

@@ -1,7 +1,7 @@
 """The two objectives (CoCa paper, equations 1, 2 and 4), as means over the GLOBAL batch whatever the mesh.
 
-`pairs` is the contrastive loss and `tiles` its form for large batches, `tokens` the captioning loss. Everything here is
-float32. Axes: b batch, t text tokens, d width, e the contrastive space, v vocabulary.
+`pairs` is the contrastive loss and `tiles` its form for large batches, `tokens` the captioning loss; `classes` is that
+of a task. Everything here is float32. Axes: b batch, t text tokens, d width, e the contrastive space, v vocabulary.
 """
 
 from __future__ import annotations
@@ -10,24 +10,35 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from coca_jax import config
+from coca_jax.losses.classes import classification
 from coca_jax.losses.pairs import Metrics, contrastive
 from coca_jax.losses.tokens import captioning, targets, token_losses
 from coca_jax.model.coca import Output
 
-__all__ = ["Metrics", "captioning", "contrastive", "targets", "token_losses", "total"]
+__all__ = ["Metrics", "captioning", "classification", "contrastive", "targets", "token_losses", "total"]
 
 
 def total(
-    output: Output, head: Float[Array, "d v"] | None, tokens: Int[Array, "b t"], loss: config.Loss, *, pad_id: int
+    output: Output,
+    head: Float[Array, "d v"] | None,
+    tokens: Int[Array, "b t"],
+    loss: config.Loss,
+    *,
+    pad_id: int,
+    labels: Int[Array, " b"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """`lambda_con * contrastive + lambda_cap * captioning` (CoCa equation 4), and its parts.
+    """`lambda_con * contrastive + lambda_cap * captioning` (CoCa equation 4), `+ lambda_cls * classification`.
 
     Args:
-      output: of CoCa.forward with the halves whose weight is not 0.
+      output: of CoCa.forward with the parts whose weight is not 0.
       head: the output softmax's kernel; may be None where lambda_cap is 0.
       tokens: the captions.
       loss: weights, kind of the contrastive loss, sizes of tiles and chunks.
       pad_id: of padding.
+      labels: classes; may be None where lambda_cls is 0.
+
+    Returns:
+      The loss, and its parts.
     """
     value = jnp.zeros((), jnp.float32)
     metrics: Metrics = {}
@@ -51,4 +62,8 @@ def total(
         part = captioning(output.hidden, head, tokens, pad_id=pad_id, chunk=loss.caption_chunk)
         value = value + loss.lambda_cap * part
         metrics["loss/captioning"] = part
+    if loss.lambda_cls:
+        assert output.class_logits is not None and labels is not None
+        part, of_classes = classification(output.class_logits, labels, smoothing=loss.label_smoothing)
+        value, metrics = value + loss.lambda_cls * part, metrics | of_classes
     return value, metrics | {"loss": value}

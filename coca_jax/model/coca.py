@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from coca_jax import config
 from coca_jax.model import layers
+from coca_jax.model.heads import Classifier, last_text_token
 from coca_jax.model.image_encoder import ImageEncoder
 from coca_jax.model.poolers import Pooler
 from coca_jax.model.text_decoder import DecoderCache, TextDecoder
@@ -32,6 +33,7 @@ class Output:
       image_tokens: `[b, q, d]` what the multimodal half reads.
       hidden: `[b, t, d]` the multimodal half's output; `hidden @ head` is the logits.
       logits: `[b, t, v]` float32; position i predicts token i + 1.
+      class_logits: `[b, c]` float32, of model.head.
       logit_scale: float32 scalar, exp of the parameter: the contrastive logits are
         `logit_scale * image @ text (+ logit_bias)`.
       logit_bias: float32 scalar, the parameter; None where model.logit_bias is 0.
@@ -42,6 +44,7 @@ class Output:
     image_tokens: Float[Array, "b q d"] | None = None
     hidden: Float[Array, "b t d"] | None = None
     logits: Float[Array, "b t v"] | None = None
+    class_logits: Float[Array, "b c"] | None = None
     logit_scale: Float[Array, ""] | None = None
     logit_bias: Float[Array, ""] | None = None
 
@@ -78,6 +81,7 @@ class CoCa(nn.Module):
         self.image_projection = Projection(c)
         self.text_decoder = TextDecoder(c)
         self.text_projection = Projection(c)
+        self.classifier = Classifier(c)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(c.temperature)), ())
         self.logit_bias = self.param("logit_bias", nn.initializers.constant(c.logit_bias), ()) if c.logit_bias else None
 
@@ -95,38 +99,76 @@ class CoCa(nn.Module):
 
     def forward(
         self,
-        images: Float[Array, "b y x 3"],
+        images: Float[Array, "b *f y x 3"],
         tokens: Int[Array, "b t"],
         *,
         contrastive: bool = True,
         captioning: bool = True,
+        classes: bool = False,
     ) -> Output:
-        """The training pass: hidden states instead of logits, and only the halves asked for.
+        """The training pass: hidden states instead of logits, and only the parts asked for.
 
         Without captioning neither the multimodal half nor the generative pooler is computed (but for a pooler whose
         output the contrastive feature is read from: kind=cascade and single). Without contrastive neither the
-        contrastive pooler, the [CLS] token nor the projections are.
+        contrastive pooler, the [CLS] token nor the projections are. With classes alone the text decoder is not, unless
+        model.head reads it.
+
+        Args:
+          images: normalised; with frames `[b, f, size, size, 3]`, whose tokens the poolers read together.
+          tokens: ids `[b, t]`.
+          contrastive, captioning, classes: what is computed.
         """
-        image_tokens, image_features = self._pool(self.image_encoder(images), contrastive, captioning)
-        text_hidden, cls = self.text_decoder.encode(tokens, cls=contrastive)
-        output = Output(image_features=image_features, image_tokens=image_tokens)
+        patch_tokens = self._patch_tokens(images)
+        reads = self.config.head.reads if classes else ""
+        image_tokens, pooled = self._pool(
+            patch_tokens, contrastive or reads == "contrastive", captioning or reads == "decoder"
+        )
+        output = Output(image_tokens=image_tokens)
         if contrastive:
-            assert cls is not None
-            text_features, logit_scale = self.text_projection(cls), jnp.exp(self.logit_scale)
+            assert pooled is not None
             output = dataclasses.replace(
-                output, text_features=text_features, logit_scale=logit_scale, logit_bias=self.logit_bias
+                output,
+                image_features=self.image_projection(pooled),
+                logit_scale=jnp.exp(self.logit_scale),
+                logit_bias=self.logit_bias,
             )
+        hidden = None
+        if contrastive or captioning or reads == "decoder":
+            text_hidden, cls = self.text_decoder.encode(tokens, cls=contrastive)
+            if contrastive:
+                assert cls is not None
+                output = dataclasses.replace(output, text_features=self.text_projection(cls))
+            if captioning or reads == "decoder":
+                assert image_tokens is not None
+                hidden = self.text_decoder.decode(text_hidden, image_tokens)
         if captioning:
-            assert image_tokens is not None
-            output = dataclasses.replace(output, hidden=self.text_decoder.decode(text_hidden, image_tokens))
+            output = dataclasses.replace(output, hidden=hidden)
+        if classes:
+            if reads == "pooler":
+                pooled = self.classifier.pool(patch_tokens)
+            elif reads == "decoder":
+                assert hidden is not None
+                pooled = last_text_token(hidden, tokens, self.config.text.pad_id)
+            assert pooled is not None
+            output = dataclasses.replace(output, class_logits=self.classifier(pooled))
         return output
+
+    def classify(self, images: Float[Array, "b *f y x 3"], tokens: Int[Array, "b t"]) -> Float[Array, "b c"]:
+        """float32 logits of model.head's classes; `tokens` are the questions where it reads the decoder."""
+        logits = self.forward(images, tokens, contrastive=False, captioning=False, classes=True).class_logits
+        assert logits is not None
+        return logits
 
     def encode_image(
         self, images: Float[Array, "b y x 3"], *, contrastive: bool = True, captioning: bool = True
     ) -> Output:
         """`image_features` and `image_tokens` of normalised images."""
-        image_tokens, image_features = self._pool(self.image_encoder(images), contrastive, captioning)
-        return Output(image_features=image_features, image_tokens=image_tokens)
+        image_tokens, pooled = self._pool(self._patch_tokens(images), contrastive, captioning)
+        output = Output(image_tokens=image_tokens)
+        if contrastive:
+            assert pooled is not None
+            output = dataclasses.replace(output, image_features=self.image_projection(pooled))
+        return output
 
     def encode_text(self, tokens: Int[Array, "b t"]) -> Output:
         """`text_features` of token ids."""
@@ -149,20 +191,27 @@ class CoCa(nn.Module):
         """Goes on decoding: logits after the next tokens (usually one), and the cache with them in it."""
         return self.text_decoder.step(tokens, cache)
 
+    def _patch_tokens(self, images: Float[Array, "b *f y x 3"]) -> Float[Array, "b n d"]:
+        """Tokens of each picture, or of all frames of each clip, one frame after another."""
+        if images.ndim == 4:
+            return self.image_encoder(images)
+        b, f = images.shape[:2]
+        frames = self.image_encoder(images.reshape(b * f, *images.shape[2:]))
+        return frames.reshape(b, -1, frames.shape[-1])
+
     def _pool(
         self, patch_tokens: Float[Array, "b n d"], contrastive: bool, captioning: bool
-    ) -> tuple[Float[Array, "b q d"] | None, Float[Array, "b e"] | None]:
+    ) -> tuple[Float[Array, "b q d"] | None, Float[Array, "b d"] | None]:
+        """What the decoder reads, and what the contrastive feature is projected from."""
         kind = self.config.pooler.kind
-        image_tokens = image_features = None
+        image_tokens = pooled = None
         if captioning or kind != "parallel":
             image_tokens = self.generative_pooler(patch_tokens)
         if kind == "single":
             assert image_tokens is not None
-            pooled, image_tokens = image_tokens[:, :1], image_tokens[:, 1:]
+            pooled, image_tokens = image_tokens[:, 0], image_tokens[:, 1:]
         elif contrastive:
             tokens = patch_tokens if kind == "parallel" else image_tokens
             assert tokens is not None
-            pooled = self.contrastive_pooler(tokens)
-        if contrastive:
-            image_features = self.image_projection(pooled[:, 0])
-        return image_tokens, image_features
+            pooled = self.contrastive_pooler(tokens)[:, 0]
+        return image_tokens, pooled

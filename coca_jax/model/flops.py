@@ -11,6 +11,7 @@ Axes: n image tokens, q pooled queries, t text tokens, d width, f MLP width, v v
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from coca_jax import config
 
@@ -25,6 +26,7 @@ class Flops:
     multimodal: float
     softmax: float  # over the vocabulary
     contrastive: float  # the projections, and the similarities with the whole batch
+    classifier: float = 0.0  # model.head, its pooler included
 
     @property
     def total(self) -> float:
@@ -38,14 +40,15 @@ def forward(
     length: int | None = None,
     contrastive: bool = True,
     captioning: bool = True,
+    classes: bool = False,
 ) -> Flops:
-    """Operations of the forward pass of one image-text pair.
+    """Operations of the forward pass of one image-text pair; of a clip with model.head.frames.
 
     Args:
       model: sizes.
       batch_size: of the whole job: each text is compared with that many images. 0 leaves the similarities out.
       length: t, tokens of a caption without [CLS]; None for `text.length`.
-      contrastive, captioning: the halves that are computed, as CoCa.forward has them.
+      contrastive, captioning, classes: the parts that are computed, as CoCa.forward has them.
     """
     image, pooler, text = model.image, model.pooler, model.text
     d, t = text.width, text.length if length is None else length
@@ -53,26 +56,32 @@ def forward(
     patches = 2 * n * image.patch**2 * 3 * image.width
     n += image.class_token
     encoder = patches + image.depth * (_attention(n, n, image.width, image.width) + _mlp(n, image.width, image.mlp_dim))
+    encoder, n = encoder * model.head.frames, n * model.head.frames
+    reads = model.head.reads if classes else ""
+    decodes = captioning or reads == "decoder"
 
     poolers = 0.0
-    if captioning or pooler.kind != "parallel":
+    if decodes or pooler.kind != "parallel":
         poolers += _attention(pooler.queries, n, d, image.width)
-    if contrastive and pooler.kind == "parallel":
+    feature = contrastive or reads == "contrastive"
+    if feature and pooler.kind == "parallel":
         poolers += _attention(1, n, d, image.width)
-    elif contrastive and pooler.kind == "cascade":
+    elif feature and pooler.kind == "cascade":
         poolers += _attention(1, pooler.queries, d, d)
 
     s = t + contrastive  # [CLS]
-    unimodal = text.n_uni * (_attention(s, s, d, d) + _mlp(s, d, text.mlp_dim))
-    multimodal = softmax = similarities = 0.0
-    if captioning:
+    unimodal = text.n_uni * (_attention(s, s, d, d) + _mlp(s, d, text.mlp_dim)) if contrastive or decodes else 0.0
+    multimodal = softmax = similarities = classifier = 0.0
+    if decodes:
         q = pooler.queries - (pooler.kind == "single")
         layer = _attention(t, t, d, d) + _attention(t, q, d, d) + (1 + text.cross_mlp) * _mlp(t, d, text.mlp_dim)
         multimodal = text.n_multi * layer
-        softmax = 2.0 * t * d * text.vocab_size
+        softmax = 2.0 * t * d * text.vocab_size if captioning else 0.0
     if contrastive:
         similarities = 2.0 * 2 * d * model.embed_dim + 2.0 * batch_size * model.embed_dim
-    return Flops(encoder, poolers, unimodal, multimodal, softmax, similarities)
+    if classes:
+        classifier = 2.0 * d * model.head.classes + (_attention(1, n, d, image.width) if reads == "pooler" else 0.0)
+    return Flops(encoder, poolers, unimodal, multimodal, softmax, similarities, classifier)
 
 
 def _attention(s: int, m: int, width: int, kv_width: int) -> float:
@@ -85,6 +94,37 @@ def _mlp(s: int, width: int, mlp_dim: int) -> float:
 
 
 def of_step(c: config.Config) -> float:
-    """Model FLOPs of one training step over the global batch: three forward passes' worth."""
-    halves = {"contrastive": c.loss.lambda_con > 0, "captioning": c.loss.lambda_cap > 0}
-    return 3.0 * c.batch_size * forward(c.model, batch_size=c.batch_size, **halves).total
+    """Model FLOPs of one training step over the global batch.
+
+    Forward, gradients of the parameters, gradients of what they read: three forward passes' worth where all is trained.
+    A part that is frozen has no gradients of its parameters, and none of its inputs where nothing before it is trained.
+    Whether a part is frozen is told by one of its kernels.
+    """
+    wanted = {
+        "contrastive": c.loss.lambda_con > 0,
+        "captioning": c.loss.lambda_cap > 0,
+        "classes": c.loss.lambda_cls > 0,
+    }
+    parts = forward(c.model, batch_size=c.batch_size, **wanted)
+
+    def matches(patterns: tuple[str, ...], path: str) -> bool:
+        return any(re.fullmatch(pattern, path) for pattern in patterns)
+
+    def passes(kernel: str, *, after: bool) -> tuple[float, bool]:
+        """How often a part is passed, and whether it, or what it reads, is trained."""
+        trained = not (c.lora.rank or matches(c.optimizer.freeze, kernel))
+        low_rank = bool(c.lora.rank) and any(
+            matches(c.lora.kernels, kernel.replace("mlp/up", f"attention/{name}")) for name in ("query", "value", "out")
+        )
+        behind = after or trained or low_rank
+        return 1.0 + trained + behind, behind
+
+    image, image_behind = passes("image_encoder/blocks/mlp/up/kernel", after=False)
+    pooler, pooled_behind = passes("generative_pooler/attention/out/kernel", after=image_behind)
+    unimodal, text_behind = passes("text_decoder/unimodal/blocks/mlp/up/kernel", after=False)
+    multimodal, behind = passes("text_decoder/multimodal/blocks/mlp/up/kernel", after=pooled_behind or text_behind)
+    softmax, _ = passes("text_decoder/lm_head/kernel", after=behind)
+    contrastive, _ = passes("image_projection/kernel", after=pooled_behind or text_behind)
+    total = image * parts.image_encoder + pooler * parts.poolers + unimodal * parts.unimodal
+    total += multimodal * parts.multimodal + softmax * parts.softmax + contrastive * parts.contrastive
+    return c.batch_size * (total + (2.0 + (image_behind or behind)) * parts.classifier)

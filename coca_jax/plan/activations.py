@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from coca_jax import config
 from coca_jax.train import frozen
-from coca_jax.train.state import abstract_parameters
+from coca_jax.train.state import abstract_parameters, frames_of
 from coca_jax.train.step import loss_function
 
 _ROWS = 64  # enough that what grows with the square of the rows is small beside what grows with them
@@ -31,12 +31,12 @@ def _kept(c: config.Config, rows: int) -> int:
     c = dataclasses.replace(c, batch_size=rows, microbatches=1)
     size, length = c.model.image.size, c.model.text.length
     batch = {
-        "images": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8),
+        "images": jax.ShapeDtypeStruct((rows, *frames_of(c), size, size, 3), jnp.uint8),
         "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
-    }
+    } | ({"labels": jax.ShapeDtypeStruct((rows,), jnp.int32)} if c.loss.lambda_cls else {})
 
     def backward(params: Any, batch: Any) -> Any:
-        trained, fixed = frozen.split(params, c.optimizer.freeze)
+        trained, fixed = frozen.split(params, frozen.patterns(c))
         return jax.vjp(lambda p: loss_function(c, frozen.join(p, fixed), batch)[0], trained)[1]
 
     # The backward pass is a tree, whose leaves are what it needs of the forward pass.

@@ -153,7 +153,7 @@ def compile_on(c: config.Config, mesh: Any) -> Measured:
     from coca_jax.train import state as states
     from coca_jax.train.step import compile_step
 
-    optimizer = optimizers.make_optimizer(c.optimizer, c.steps, states.abstract_parameters(c))
+    optimizer = optimizers.of_run(c, states.abstract_parameters(c))
     rows = c.batch_size / c.microbatches / (mesh.shape["replica"] * mesh.shape["fsdp"])
     kept = activations.bytes_of_a_row(c) * rows
     with jax.set_mesh(mesh):
@@ -194,12 +194,15 @@ def _abstract_batch(c: config.Config, place: Any) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
+    from coca_jax.train import state as states
+
     size = c.model.image.size
-    return {
-        "images": jax.ShapeDtypeStruct((c.batch_size, size, size, 3), jnp.uint8, sharding=place),
-        "tokens": jax.ShapeDtypeStruct((c.batch_size, c.model.text.length), jnp.int32, sharding=place),
-        "problem": jax.ShapeDtypeStruct((c.batch_size,), jnp.int8, sharding=place),
-    }
+    shapes = {
+        "images": ((c.batch_size, *states.frames_of(c), size, size, 3), jnp.uint8),
+        "tokens": ((c.batch_size, c.model.text.length), jnp.int32),
+        "problem": ((c.batch_size,), jnp.int8),
+    } | ({"labels": ((c.batch_size,), jnp.int32)} if c.loss.lambda_cls else {})
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=place) for name, shape in shapes.items()}
 
 
 def _memory(compiled: Any, state: Any, batch: Any, kept: float) -> dict[str, float]:

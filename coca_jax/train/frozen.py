@@ -11,7 +11,14 @@ from typing import Any
 
 from flax import traverse_util
 
+from coca_jax import config
+
 Tree = dict[str, Any]
+
+
+def patterns(c: config.Config) -> tuple[str, ...]:
+    """What is frozen: `optimizer.freeze`; with low-rank updates, all but these and the classifier."""
+    return (*c.optimizer.freeze, *((r"(?!lora/|classifier/).*",) if c.lora.rank else ()))
 
 
 def split(params: Tree, patterns: Sequence[str]) -> tuple[Tree, Tree]:

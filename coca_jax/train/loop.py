@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from coca_jax import config
 from coca_jax.data import pipeline
 from coca_jax.data import tally as tallies
+from coca_jax.data.classes import Task
 from coca_jax.data.mixture import Mixture, Schedule
 from coca_jax.data.tally import Tally
 from coca_jax.data.tokenizer import Tokenizer
@@ -49,6 +50,7 @@ def train(
     evaluate: Evaluator | None = None,
     profile_steps: Steps | None = None,
     begin_with: states.Parameters | None = None,
+    labels: tuple[str, ...] = (),
 ) -> TrainState:
     """Trains to `c.steps`, going on from the newest checkpoint of the workdir if there is one.
 
@@ -61,10 +63,12 @@ def train(
       mixture: training data.
       tokenizer: of the captions.
       stop: entered; says when the run is to end.
-      evaluate: called every `c.evaluate.every` steps and at the end; its metrics are written with the step's. One that
-        was left because the run was to stop is made up for by the next start.
+      evaluate: called every `c.evaluate.every` steps and at the end, with `c.evaluate.first` also before all steps; its
+        metrics are written with the step's. One that was left because the run was to stop is made up for by the next
+        start.
       profile_steps: traced into `workdir/profile`.
       begin_with: parameters, some of the model's, that a run without a checkpoint begins with.
+      labels: the classes that model.head tells apart, by number.
 
     Returns:
       The state after the last step.
@@ -77,7 +81,7 @@ def train(
     """
     tokenizer.check(c.model.text)
     identity = pipeline.position_key(mixture, seed=c.seed)
-    optimizer = optimizers.make_optimizer(c.optimizer, c.steps, states.abstract_parameters(c))
+    optimizer = optimizers.of_run(c, states.abstract_parameters(c))
 
     with jax.set_mesh(mesh), Checkpoints(workdir, c.checkpoint, c.evaluate.best) as checkpoints:
         abstract = states.abstract(c, optimizer, mesh)
@@ -88,7 +92,7 @@ def train(
         first, position, tally = int(state.step), int(place["position"]), Tally(place.get("tally"))
         # A changed mixture holds from here on.
         schedule = Schedule.from_json(place.get("schedule", [[0, mixture.weights]])).changed(position, mixture.weights)
-        iterator = iter(_batches(c, mesh, mixture, tokenizer, schedule, position))
+        iterator = iter(_batches(c, mesh, mixture, tokenizer, Task.of(c, labels), schedule, position))
         listed = tallies.List(mixture, workdir, jax.process_index())
         left_out = skipped.List(mixture, workdir, first)
         if first:
@@ -150,6 +154,8 @@ def train(
         try:
             if evaluate and first and not evaluated and evaluation(first) is None:
                 raise Stopped(f"stopped at step {first} of {c.steps}, where it was before")
+            if evaluate and c.evaluate.first and not first and evaluation(0) is None:
+                raise Stopped(f"stopped before the first step of {c.steps}: nothing was there to save")
             for step in range(first + 1, c.steps + 1):
                 watchdog.begin(step, progress.seconds_per_step)
                 asked = time.monotonic()
@@ -200,7 +206,13 @@ def train(
 
 
 def _batches(
-    c: config.Config, mesh: Mesh, source: Mixture, tokenizer: Tokenizer, schedule: Schedule, position: int
+    c: config.Config,
+    mesh: Mesh,
+    source: Mixture,
+    tokenizer: Tokenizer,
+    task: Task,
+    schedule: Schedule,
+    position: int,
 ) -> grain.IterDataset:
     """Global batches on the mesh, from a position of the data's stream on; each process reads its rows of them."""
     place = batch_sharding(mesh)
@@ -215,5 +227,6 @@ def _batches(
         schedule=schedule,
         rows=pipeline.process_rows(place, c.batch_size),
         start=position,
+        task=task,
     )
     return pipeline.place(loader, place, c.batch_size, c.data.prefetch)

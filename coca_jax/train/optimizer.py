@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
+from flax import traverse_util
 
 from coca_jax import config
 from coca_jax.config import ConfigError
@@ -38,6 +41,11 @@ def schedule(c: config.Optimizer, steps: int) -> optax.Schedule:
     # The first step already moves: warm-up reaches peak_lr at its last step.
     ramp = optax.linear_schedule(c.peak_lr / warmup, c.peak_lr, max(warmup - 1, 1))
     return optax.join_schedules([ramp, after], [warmup])
+
+
+def of_run(c: config.Config, parameters: Any) -> optax.GradientTransformation:
+    """`make_optimizer` of a run, with all that it freezes. Raises as that does."""
+    return make_optimizer(dataclasses.replace(c.optimizer, freeze=frozen.patterns(c)), c.steps, parameters)
 
 
 def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.GradientTransformation:
@@ -97,7 +105,57 @@ def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.Gr
     if c.weight_decay:
         parts.append(optax.add_decayed_weights(c.weight_decay, matching(parameters, [c.decay_mask])))
     parts.append(optax.scale_by_learning_rate(schedule(c, steps)))
+    if c.layer_decay < 1:
+        parts.append(scaled(layer_scales(parameters, c.layer_decay)))
     return in_float32(optax.chain(*parts))
+
+
+def layer_scales(parameters: Any, decay: float) -> Any:
+    """What each parameter's learning rate is multiplied by, `decay ** (levels above it)`: one float, or one a layer.
+
+    Each tower counts for itself (Bao et al. 2021, arXiv 2106.08254): embeddings are below its first layer; the text
+    decoder's halves are one tower. What stands above a tower (poolers, projections, output head, classifier) is its
+    highest level, with the full rate.
+    """
+    flat = traverse_util.flatten_dict(parameters, sep="/")
+
+    def depth(blocks: str) -> int:
+        return max((leaf.shape[0] for path, leaf in flat.items() if f"{blocks}/blocks/" in path), default=0)
+
+    image, uni, multi = (depth(blocks) for blocks in ("image_encoder", "unimodal", "multimodal"))
+
+    def scale(path: str, leaf: Any) -> Any:
+        path = path.removeprefix("lora/")
+        if path.startswith("image_encoder/"):
+            total, first = image, 1
+        elif path.startswith("text_decoder/"):
+            total, first = uni + multi, 1 + uni * ("/multimodal/" in path)
+        else:
+            return 1.0
+        if "/blocks/" in path:
+            layers = first + np.arange(leaf.shape[0])
+            return (decay ** (total + 1.0 - layers)).astype(np.float32)
+        if "lm_head" in path or "final_norm" in path or "cls_norm" in path:
+            return 1.0
+        return decay ** (total + 1.0)
+
+    return traverse_util.unflatten_dict({path: scale(path, leaf) for path, leaf in flat.items()}, sep="/")
+
+
+def scaled(scales: Any) -> optax.GradientTransformation:
+    """Multiplies updates: each leaf by a float, or its layers by one each."""
+
+    def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
+        del parameters
+
+        def multiply(leaf: jax.Array, factor: Any) -> jax.Array:
+            if isinstance(factor, float):
+                return leaf * factor
+            return leaf * factor.reshape(-1, *(1,) * (leaf.ndim - 1))
+
+        return jax.tree.map(multiply, updates, scales), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def matching(parameters: Any, patterns: Any) -> Any:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
 from coca_jax import config
+from coca_jax.model import lora
 from coca_jax.model.coca import CoCa
 from coca_jax.sharding import tree_shardings
 from coca_jax.train import frozen
@@ -44,11 +45,11 @@ class TrainState:
 
 
 def abstract_parameters(c: config.Config) -> Parameters:
-    """Shapes of the parameters; those of a half whose loss weight is 0 do not exist."""
+    """Shapes of the parameters; those of a part whose loss weight is 0 do not exist."""
     # No kernel is run: a GPU's or TPU's model can be looked at anywhere.
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention="xla"))
     image, text = c.model.image, c.model.text
-    images = jax.ShapeDtypeStruct((1, image.size, image.size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *frames_of(c), image.size, image.size, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, text.length), jnp.int32)
     return jax.eval_shape(lambda i, t: init_parameters(c, jax.random.key(0), i, t), images, tokens)
 
@@ -66,15 +67,23 @@ def placed_parameters(c: config.Config, mesh: Mesh) -> Parameters:
 def init_parameters(c: config.Config, rng: Key[Array, ""], images: Any = None, tokens: Any = None) -> Parameters:
     """Parameters as a plain nested dict, drawn from a key."""
     image, text = c.model.image, c.model.text
-    images = jnp.zeros((1, image.size, image.size, 3)) if images is None else images
+    images = jnp.zeros((1, *frames_of(c), image.size, image.size, 3)) if images is None else images
     tokens = jnp.full((1, text.length), text.pad_id, jnp.int32) if tokens is None else tokens
 
     def everything(model: CoCa, images: Any, tokens: Any) -> Any:
-        captioning = c.loss.lambda_cap > 0
-        output = model.forward(images, tokens, contrastive=c.loss.lambda_con > 0, captioning=captioning)
+        loss, captioning = c.loss, c.loss.lambda_cap > 0
+        output = model.forward(
+            images, tokens, contrastive=loss.lambda_con > 0, captioning=captioning, classes=loss.lambda_cls > 0
+        )
         return output, model.head() if captioning else None
 
-    return CoCa(c.model).init(rng, images, tokens, method=everything)["params"]
+    params = CoCa(c.model).init(rng, images, tokens, method=everything)["params"]
+    return lora.with_updates(c.lora, params, jax.random.fold_in(rng, 1))
+
+
+def frames_of(c: config.Config) -> tuple[int, ...]:
+    frames = c.model.head.frames
+    return (frames,) if frames > 1 else ()
 
 
 def create(c: config.Config, optimizer: optax.GradientTransformation) -> TrainState:
@@ -84,7 +93,7 @@ def create(c: config.Config, optimizer: optax.GradientTransformation) -> TrainSt
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(frozen.split(params, c.optimizer.freeze)[0]),
+        opt_state=optimizer.init(frozen.split(params, frozen.patterns(c))[0]),
         # float32 even of bfloat16 parameters: the share of a step in a slow average is less than bfloat16 can add.
         ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32), params) if c.optimizer.ema_decay else None,
         rng=run_key,

@@ -16,7 +16,7 @@ from coca_jax.model.coca import MAX_LOG_SCALE
 from coca_jax.sharding import batch_sharding, replicated
 from coca_jax.train import frozen
 from coca_jax.train import guard as guards
-from coca_jax.train.accumulate import Batch, Metrics, accumulated_gradients, forward
+from coca_jax.train.accumulate import Batch, Metrics, accumulated_gradients, forward, parts
 from coca_jax.train.optimizer import schedule
 from coca_jax.train.state import Parameters, TrainState
 
@@ -27,11 +27,11 @@ def loss_function(c: config.Config, params: Parameters, batch: Batch) -> tuple[j
     Args:
       c: configuration.
       params: of the model.
-      batch: `images` uint8 `[b, size, size, 3]`, `tokens` int32 `[b, t]`.
+      batch: `images` uint8 `[b, size, size, 3]`, `tokens` int32 `[b, t]`, and of a task `labels` int32 `[b]`.
     """
-    weights = c.loss
-    output, head = forward(c, params, batch, contrastive=weights.lambda_con > 0, captioning=weights.lambda_cap > 0)
-    return losses.total(output, head, batch["tokens"], weights, pad_id=c.model.text.pad_id)
+    output, head = forward(c, params, batch, **parts(c))
+    pad_id, labels = c.model.text.pad_id, batch.get("labels")
+    return losses.total(output, head, batch["tokens"], c.loss, pad_id=pad_id, labels=labels)
 
 
 def gradients_of(c: config.Config, params: Parameters, batch: Batch) -> tuple[Parameters, Metrics]:
@@ -40,7 +40,7 @@ def gradients_of(c: config.Config, params: Parameters, batch: Batch) -> tuple[Pa
     At once, or microbatch by microbatch. Of frozen parameters there are none: the backward pass ends where nothing
     before it is trained.
     """
-    trained, fixed = frozen.split(params, c.optimizer.freeze)
+    trained, fixed = frozen.split(params, frozen.patterns(c))
     if c.microbatches > 1:
         return accumulated_gradients(c, trained, fixed, batch)
     return jax.grad(lambda p: loss_function(c, frozen.join(p, fixed), batch), has_aux=True)(trained)
@@ -59,7 +59,7 @@ def train_step(
     gradients = optax.tree.cast(gradients, jnp.float32)
     norm, made = optax.tree.norm(gradients), state.step - state.guard.skipped  # updates made so far
     guard, accepted, judged = guards.judge(c.guard, state.guard, metrics["loss"], norm)
-    trained, fixed = frozen.split(state.params, c.optimizer.freeze)
+    trained, fixed = frozen.split(state.params, frozen.patterns(c))
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
     after = optax.apply_updates(trained, updates)
     if "logit_scale" in after:
@@ -68,7 +68,7 @@ def train_step(
     if ema is not None:
         # Early on the average forgets faster, so that it does not remember the initialisation.
         decay = jnp.minimum(c.optimizer.ema_decay, (1.0 + made) / (10.0 + made))
-        averaged, same = frozen.split(ema, c.optimizer.freeze)
+        averaged, same = frozen.split(ema, frozen.patterns(c))
         averaged = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, averaged, after)
         ema = frozen.join(averaged, same)
     before = (trained, state.opt_state, state.ema)

@@ -199,3 +199,23 @@ def test_bfloat16_momentum_and_parameters_descend_as_float32_does(name: str) -> 
     half = tiny.replace(c, state_dtype="bfloat16")
     assert _descend(half, "float32") < 1.1 * full + 0.002
     assert _descend(half, "bfloat16") < 1.2 * full + 0.005
+
+
+def test_lower_layers_learn_more_slowly() -> None:
+    c = config.Optimizer(name="adamw", peak_lr=1.0, warmup=0.0, schedule="constant", weight_decay=0.0, clip_norm=0.0)
+    params = _ones()
+    updates = {}
+    for decay in (1.0, 0.5):
+        tx = make_optimizer(tiny.replace(c, layer_decay=decay), 10, params)
+        updates[decay] = jax.jit(tx.update)(params, tx.init(params), params)[0]
+    ratio = jax.tree.map(lambda a, b: np.asarray(a / b), updates[0.5], updates[1.0])
+    image, text = ratio["image_encoder"], ratio["text_decoder"]  # 2 layers; 2 + 2 layers
+    kernel = image["blocks"]["mlp"]["up"]["kernel"]
+    np.testing.assert_allclose(kernel[:, 0, 0], [0.25, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(image["patch_embedding"]["kernel"], 0.125 * np.ones_like(kernel[0, 0, 0]), rtol=1e-5)
+    np.testing.assert_allclose(text["unimodal"]["blocks"]["mlp"]["up"]["kernel"][:, 0, 0], [0.0625, 0.125], rtol=1e-5)
+    np.testing.assert_allclose(text["multimodal"]["blocks"]["mlp"]["up"]["kernel"][:, 0, 0], [0.25, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(text["token_embedding"]["embedding"][0, 0], 0.03125, rtol=1e-5)
+    for top in (text["lm_head"], ratio["image_projection"], ratio["generative_pooler"]):
+        for leaf in jax.tree.leaves(top):
+            np.testing.assert_allclose(leaf, 1.0 + 0 * leaf, rtol=1e-5)

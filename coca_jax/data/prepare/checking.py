@@ -68,6 +68,8 @@ def check(record: Record, max_side: int = 0, quality: int = QUALITY) -> Checked:
         raise BadExample("empty", f"{where}: its picture has no bytes")
     try:
         pixels = images.decode(record.image)
+        for frame in record.frames:
+            images.decode(frame)
     except BadExample as error:
         raise BadExample(error.reason, f"{where}: {error}") from error
     kept = record._replace(captions=captions)
@@ -78,7 +80,8 @@ def check(record: Record, max_side: int = 0, quality: int = QUALITY) -> Checked:
         return Checked(kept, width, height, kind, False, blank)
     width, height = (max(1, round(side * max_side / max(pixels.shape[:2]))) for side in (width, height))
     image = _encode(record.image, pixels, mode, (width, height), quality)
-    return Checked(kept._replace(image=image), width, height, kind, True, blank)
+    frames = tuple(_encode(f, images.decode(f), _kind(f)[1], (width, height), quality) for f in record.frames)
+    return Checked(kept._replace(image=image, frames=frames), width, height, kind, True, blank)
 
 
 def _kind(image: bytes) -> tuple[str, str]:

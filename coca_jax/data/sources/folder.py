@@ -33,11 +33,12 @@ class _Entry:
     """A picture, or a line that names none.
 
     Attributes:
-      path: relative to the folder; empty where `problem` says why there is none.
+      path: relative to the folder; empty where `problem` says why there is none. Of a clip that of its first frame.
       line: where it is first named; 0 where no file names it.
       captions: undecodable bytes are surrogates in them.
       label: raw.
       problem: (reason, what is wrong) with the line.
+      frames: paths of a clip's frames after the first.
     """
 
     path: str
@@ -45,18 +46,21 @@ class _Entry:
     captions: list[str]
     label: str = ""
     problem: tuple[str, str] | None = None
+    frames: tuple[str, ...] = ()
 
 
 class Folder:
     """Pictures under a folder. A random one costs the opening of its file.
 
     With a file of captions its lines are the records, in their order; several lines with one picture are one record
-    with several captions. Without, the records are the pictures in the order of their paths, and the first folder on
+    with several captions. In a .jsonl the picture may be a list of them, the frames of a clip in order. Without, the
+    records are the pictures in the order of their paths, and the first folder on
     the path is the label.
 
     Args:
       spec: location is the folder; options are `captions` (a file, relative to the folder unless absolute), and
-        `image`, `caption`, `label`, which name its columns.
+        `image`, `caption`, `label`, which name its columns; `question` names one like `caption`, and every line is then
+        a record, whose label is the answer.
 
     Raises:
       DataError: no such folder or file, no column with the pictures, a picture's path that leaves the folder.
@@ -69,6 +73,7 @@ class Folder:
     def __init__(self, spec: Spec):
         self.name = spec.text
         self._root = spec.location.rstrip("/") or "/"
+        self._asks = bool(spec.get("question"))
         self._captions = _captions_file(spec, self._root)
         if self._captions:
             try:
@@ -106,11 +111,13 @@ class Folder:
             raise BadExample("no_caption", f"{where}: {entry.path!r} has no caption")
         try:
             image = files.read(path)
+            frames = tuple(files.read(files.inside(self._root, frame, where)) for frame in entry.frames)
         except OSError as error:
             raise BadExample("unreadable", f"{where}: {path} cannot be read: {one_line(error)}") from error
         except ValueError as error:
             raise BadExample("unreadable", f"{where}: {one_line(error)}") from error
-        return Record(entry.path, image, captions, entry.label)
+        key = f"{entry.path}:{entry.line}" if self._asks else entry.path
+        return Record(key, image, captions, entry.label, frames=frames)
 
     def __repr__(self) -> str:
         return f"Folder({self.name})"
@@ -122,7 +129,7 @@ class Folder:
 
 def _described(entries: Sequence[_Entry]) -> Iterator[str]:
     for entry in entries:
-        yield repr((entry.path, entry.captions, entry.label))
+        yield repr((entry.path, entry.captions, entry.label, *([entry.frames] if entry.frames else [])))
 
 
 def _captions_file(spec: Spec, root: str) -> str:
@@ -142,7 +149,7 @@ def _captions_file(spec: Spec, root: str) -> str:
             return files.look(f"{root}/{name}").path
         except OSError:
             continue
-    if unused := [name for name in ("image", "caption", "label") if spec.get(name)]:
+    if unused := [name for name in ("image", "caption", "question", "label") if spec.get(name)]:
         raise DataError(
             f"{spec.text}: ?{unused[0]}= names a column, and there is no {', '.join(CAPTION_FILES)} in {root}; "
             "name the file by ?captions=FILE"
@@ -200,7 +207,7 @@ def _listed(spec: Spec, root: str, path: str, content: bytes) -> list[_Entry]:
     there = list(dict.fromkeys(column for _, row in rows if isinstance(row, dict) for column in row))
     image_column = choose(spec, "image", there, IMAGE_NAMES, path)
     text_columns = [
-        choose(spec, "caption", there, CAPTION_NAMES, path),
+        choose(spec, "question", there, (), path) or choose(spec, "caption", there, CAPTION_NAMES, path),
         choose(spec, "label", there, LABEL_NAMES, path),
     ]
     if there and not (image_column and any(text_columns)):
@@ -214,6 +221,12 @@ def _listed(spec: Spec, root: str, path: str, content: bytes) -> list[_Entry]:
             entries[line] = _Entry("", line, [], problem=row)
             continue
         image, captions, label = (row.get(column) for column in (image_column, *text_columns))
+        frames: tuple[str, ...] = ()
+        if isinstance(image, list) and all(isinstance(frame, str) and frame.strip() for frame in image):
+            image, *rest = image or [""]
+            frames = tuple(frame.strip() for frame in rest)
+            for frame in frames:
+                files.inside(root, frame, f"{path} line {line}", links=False)
         if not isinstance(image, str) or not image.strip():
             entries[line] = _Entry("", line, [], problem=("unreadable", "the line names no picture"))
             continue
@@ -224,7 +237,8 @@ def _listed(spec: Spec, root: str, path: str, content: bytes) -> list[_Entry]:
             entries[line] = _Entry("", line, [], problem=("unreadable", f"{image[:40]!r} cannot be a file's name"))
             continue
         files.inside(root, image, f"{path} line {line}", links=False)  # links at reading: there may be millions
-        entry = entries.setdefault(image, _Entry(image, line, []))
+        key = line if spec.get("question") else (image, *frames)  # each question has an answer of its own
+        entry = entries.setdefault(key, _Entry(image, line, [], frames=frames))
         entry.captions += texts(captions)
         if isinstance(label, str | int) and not entry.label:
             entry.label = str(label).strip()
@@ -262,5 +276,6 @@ def _json_lines(content: bytes) -> Iterator[tuple[int, Any]]:
 
 def open_folder(spec: Spec) -> Folder:
     """See `open_source`."""
-    spec.check(("captions", "image", "caption", "label", "template", "templates", "classes"), ("template",))
+    known = ("captions", "image", "caption", "question", "label", "template", "templates", "classes")
+    spec.check(known, ("template",))
     return Folder(spec)

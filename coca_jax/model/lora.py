@@ -1,0 +1,74 @@
+"""Low-rank updates of kernels (Hu et al. 2021, arXiv 2106.09685): `kernel + alpha / rank * a @ b`.
+
+They are parameters of their own, `lora/PATH/a` and `lora/PATH/b` for the kernel at PATH, and are added to it before the
+model is applied: the model itself knows nothing of them. Gradients and moments are theirs alone; the gradient of the
+sum, of which theirs are made, is computed and dropped layer stack by layer stack.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jaxtyping import Array, Key
+
+from coca_jax import config
+from coca_jax.config import ConfigError
+from coca_jax.sharding import low_rank_axes
+
+Parameters = dict[str, Any]
+
+
+def with_updates(c: config.Lora, params: Parameters, rng: Key[Array, ""]) -> Parameters:
+    """The parameters with updates of the kernels that `c.kernels` matches; they add nothing until they are trained.
+
+    Raises:
+      ConfigError: a pattern matches no kernel, or something else than one.
+    """
+    if not c.rank:
+        return params
+    flat = traverse_util.flatten_dict(params, sep="/")
+    chosen = []
+    for pattern in c.kernels:
+        found = [path for path in flat if re.fullmatch(pattern, path)]
+        others = [path for path in found if not path.endswith("/kernel")]
+        if others or not found:
+            what = f"matches {others[0]}, which is no kernel" if others else "matches no parameter"
+            example = ".*attention/(query|value)/kernel"
+            raise ConfigError(f"config.lora.kernels: {pattern!r} {what}; an example: {example!r}")
+        chosen += found
+    for number, path in enumerate(sorted(set(chosen))):
+        kernel = flat[path]
+        inputs, outputs = low_rank_axes(path)
+        layers = kernel.ndim - len(inputs) - len(outputs)
+        into = kernel.shape[layers : layers + len(inputs)]
+        shape = (*kernel.shape[:layers], *into, c.rank)
+        fan_in = 1
+        for size in into:
+            fan_in *= size
+        drawn = jax.random.normal(jax.random.fold_in(rng, number), shape, jnp.float32) * fan_in**-0.5
+        flat[f"lora/{path}/a"] = drawn
+        flat[f"lora/{path}/b"] = jnp.zeros(
+            (*kernel.shape[:layers], c.rank, *kernel.shape[layers + len(inputs) :]), jnp.float32
+        )
+    nested: Parameters = traverse_util.unflatten_dict(flat, sep="/")
+    return nested
+
+
+def merged(c: config.Lora, params: Parameters) -> Parameters:
+    """The model's parameters, with the updates in their kernels and no more beside them."""
+    if not c.rank:
+        return params
+    flat = traverse_util.flatten_dict(params["lora"], sep="/")
+    kernels = {path: leaf for path, leaf in traverse_util.flatten_dict(params, sep="/").items() if path[:5] != "lora/"}
+    for path in sorted({name[:-2] for name in flat}):
+        inputs, outputs = low_rank_axes(path)
+        layers = "l" * (kernels[path].ndim - len(inputs) - len(outputs))
+        i, o = "ijk"[: len(inputs)], "xyz"[: len(outputs)]
+        update = jnp.einsum(f"{layers}{i}r,{layers}r{o}->{layers}{i}{o}", flat[f"{path}/a"], flat[f"{path}/b"])
+        kernels[path] = kernels[path] + (c.alpha / c.rank * update).astype(kernels[path].dtype)
+    nested: Parameters = traverse_util.unflatten_dict(kernels, sep="/")
+    return nested

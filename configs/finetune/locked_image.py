@@ -1,0 +1,24 @@
+"""A locked image tower (LiT, arXiv 2111.07991): the encoder and its pooler stay, the text tower learns to read them.
+
+    python -m coca_jax.main --config=configs/finetune/locked_image.py --workdir=runs/locked \\
+        --config.init.checkpoint=runs/pretrained --config.data.train='array_record:/data/pairs/train-*.array_record' \\
+        --config.evaluate.zero_shot='tfds:imagenet2012?split=validation&classes=imagenet'
+
+No backward pass through the image tower, and every bit of it stays. For a text tower from the seed (another language,
+another vocabulary): config.init.skip="('text_decoder/.*', 'text_projection/.*')" and config.data.tokenizer.
+"""
+
+import ml_collections
+
+from coca_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = default()
+    c.init.model = "checkpoint"
+    c.steps, c.batch_size = 50_000, 4096
+    c.loss.update(lambda_con=1.0, lambda_cap=0.0)
+    c.optimizer.update(name="adamw", peak_lr=1e-3, schedule="cosine", b2=0.99, weight_decay=1e-4)
+    c.optimizer.freeze = ("image_encoder/.*", r"\w+_pooler/.*", "image_projection/.*")
+    c.evaluate.update(first=True, every=5000, prompts=("imagenet",))
+    return c

@@ -1,0 +1,141 @@
+"""Classifiers: what they read, what exists for them, and that meshes and microbatches change nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coca_jax import config, losses, sharding
+from coca_jax.model import flops
+from coca_jax.model.coca import CoCa
+from coca_jax.train import frozen, state
+from coca_jax.train.step import gradients_of
+from tests import tiny
+
+LENGTHS = [9, 2, 9, 2, 9, 2, 9, 3]
+
+
+def task(reads: str, frames: int = 1, **changes: Any) -> config.Config:
+    c = tiny.replace(tiny.CONFIG, loss__lambda_con=0.0, loss__lambda_cap=0.0, loss__lambda_cls=1.0)
+    c = tiny.replace(c, model__image__depth=1, model__text__n_uni=1, model__text__n_multi=1)
+    return tiny.replace(c, model__head=config.Head(reads, 5, frames), loss__label_smoothing=0.1, **changes)
+
+
+def batch(c: config.Config, seed: int = 0) -> dict[str, np.ndarray]:
+    rng, rows = np.random.default_rng(seed), len(LENGTHS)
+    shape = (rows, *state.frames_of(c), c.model.image.size, c.model.image.size, 3)
+    labels = rng.integers(0, 5, rows).astype(np.int32)
+    return tiny.batch(c.model, LENGTHS, seed) | {"images": rng.integers(0, 256, shape, np.uint8), "labels": labels}
+
+
+def parameters(c: config.Config, seed: int = 0) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: np.asarray(rng.normal(size=leaf.shape) * 0.2, np.float32), state.abstract_parameters(c)
+    )
+
+
+@pytest.mark.parametrize(
+    ("reads", "there", "absent"),
+    [
+        ("pooler", {"classifier", "image_encoder"}, {"text_decoder", "contrastive_pooler", "generative_pooler"}),
+        (
+            "contrastive",
+            {"classifier", "contrastive_pooler"},
+            {"text_decoder", "generative_pooler", "image_projection"},
+        ),
+        ("decoder", {"classifier", "text_decoder", "generative_pooler"}, {"contrastive_pooler", "text_projection"}),
+    ],
+)
+def test_what_a_task_does_not_read_does_not_exist(reads: str, there: set[str], absent: set[str]) -> None:
+    shapes = state.abstract_parameters(task(reads))
+    assert there <= shapes.keys() and not absent & shapes.keys()
+    assert "lm_head" not in shapes.get("text_decoder", {})
+    assert shapes["classifier"]["linear"]["kernel"].shape == (16, 5)
+
+
+def test_an_answer_reads_the_last_word_and_no_padding() -> None:
+    c = task("decoder")
+    params, b = parameters(c), batch(c)
+    model = CoCa(c.model)
+    images = jnp.asarray(b["images"], jnp.float32) / 255
+    classify = jax.jit(lambda p, i, t: model.apply({"params": p}, i, t, method="classify"))
+    logits = classify(params, images, b["tokens"])
+    assert logits.shape == (8, 5) and logits.dtype == jnp.float32
+    short = b["tokens"].copy()
+    short[:, LENGTHS[1] - 1] = np.where(np.array(LENGTHS) == 2, 7, short[:, 1])
+    changed = np.abs(np.asarray(classify(params, images, short) - logits)).max(axis=1) > 1e-6
+    assert (changed == (b["tokens"][:, 1] != short[:, 1])).all() and changed.any()
+    # Fewer columns of padding, the same answers.
+    rows = np.array(LENGTHS) <= 3
+    np.testing.assert_allclose(classify(params, images[rows], b["tokens"][rows][:, :4]), logits[rows], atol=1e-5)
+
+
+def test_the_frames_places_tell_their_order() -> None:
+    c = task("pooler", 3)
+    params, b = parameters(c), batch(c)
+    images = jnp.asarray(b["images"], jnp.float32) / 255
+    classify = jax.jit(lambda p, i: CoCa(c.model).apply({"params": p}, i, b["tokens"], method="classify"))
+    forward, backward = classify(params, images), classify(params, images[:, ::-1])
+    assert np.abs(forward - backward).max() > 1e-3
+    params["classifier"]["frame_embedding"][:] = 0  # as they begin: the paper's pooler
+    np.testing.assert_allclose(classify(params, images), classify(params, images[:, ::-1]), atol=1e-5)
+
+
+def test_the_loss_is_cross_entropy_with_smoothed_targets() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(6, 4)).astype(np.float32), np.array([0, 1, 2, 3, 0, 1])
+    loss, metrics = losses.classification(jnp.asarray(logits), jnp.asarray(labels), smoothing=0.2)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    target = 0.8 * np.eye(4)[labels] + 0.05
+    np.testing.assert_allclose(loss, -(target * log_probs).sum(axis=1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], (logits.argmax(axis=1) == labels).mean())
+
+
+def compute(c: config.Config, params: Any, b: Any) -> tuple[Any, dict[str, float]]:
+    gradients, metrics = jax.jit(lambda p, x: gradients_of(c, p, x))(params, b)
+    return jax.tree.map(np.asarray, gradients), {name: float(value) for name, value in metrics.items()}
+
+
+def same(found: tuple[Any, dict[str, float]], wanted: tuple[Any, dict[str, float]]) -> None:
+    assert found[1].keys() == wanted[1].keys()
+    for name, value in wanted[1].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+    for path, b in jax.tree_util.tree_leaves_with_path(wanted[0]):
+        a = found[0]
+        for key in path:
+            a = a[key.key]
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max() + 1e-6, err_msg=sharding.path_of(path))
+
+
+def check_devices() -> None:
+    """Runs with 8 devices: clips over a mesh in microbatches, and questions over it, against one device at once."""
+    for c, count in ((task("pooler", 2), 2), (task("decoder"), 1)):
+        params, b = parameters(c), {k: np.concatenate([v] * 2) for k, v in batch(c).items()}
+        wanted = compute(c, params, b)
+        assert wanted[1]["loss"] == wanted[1]["loss/classification"] > 0.5
+        mesh = sharding.make_mesh((2, 2, 2))
+        with jax.set_mesh(mesh):
+            put = jax.device_put(params, sharding.tree_shardings(params, params, mesh))
+            rows = jax.device_put(b, sharding.batch_sharding(mesh))
+            same(compute(tiny.replace(c, microbatches=count), put, rows), wanted)
+
+
+def test_eight_devices_equal_one(run_python) -> None:
+    run_python(check_devices, timeout=290)
+
+
+def test_flops_of_what_is_trained() -> None:
+    c = task("pooler", 2)
+    parts = flops.forward(c.model, batch_size=8, contrastive=False, captioning=False, classes=True)
+    assert parts.unimodal == parts.multimodal == parts.softmax == parts.poolers == parts.contrastive == 0
+    one = flops.forward(task("pooler").model, batch_size=8, contrastive=False, captioning=False, classes=True)
+    assert parts.image_encoder == 2 * one.image_encoder
+    assert flops.of_step(c) == pytest.approx(3 * 8 * parts.total)
+    locked = tiny.replace(c, optimizer__freeze=("(?!classifier/).*",))
+    assert flops.of_step(locked) == pytest.approx(8 * (parts.image_encoder + 2 * parts.classifier))
+    assert frozen.patterns(locked) == locked.optimizer.freeze
