@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command_first(argv: Sequence[str]) -> list[str]:
     """Lets a command be spelt as a flag, wherever it stands: `--describe SPEC`, `--describe=SPEC`, `--source=SPEC
-    --describe`."""
+    --describe`. Behind a command it is that command's own: `emoji --describe`."""
+    if argv and argv[0] in COMMANDS:
+        return list(argv)
     for number, argument in enumerate(argv):
         command, _, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and command in COMMANDS:
