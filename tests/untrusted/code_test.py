@@ -26,7 +26,10 @@ IMPORTS = {
 # A recipe is a program, and --config=FILE says to run it: that is ml_collections' DEFINE_config_file, in these alone.
 RECIPES = ("coca_jax/main.py", "coca_jax/plan/__main__.py", "coca_jax/evaluate/__main__.py")
 # Programs that are started, with arguments that are not data's.
-PROCESSES = {"coca_jax/plan/compiled.py": "this package's own module, in a process with another kind of device"}
+PROCESSES = {
+    "coca_jax/plan/compiled.py": "this package's own module, in a process with another kind of device",
+    "coca_jax/supervise.py": "coca_jax.main, with the arguments of its own command line",
+}
 
 
 def calls(source: str, file: str = "") -> Iterator[str]:
