@@ -76,6 +76,7 @@ def test_a_text_tower_learns_to_read_a_locked_image_tower(tune: Tune, sources: d
     assert locked and set(locked) <= set(tuned.kept())
 
 
+@pytest.mark.slow
 def test_low_rank_updates_train_load_decode_and_convert(
     tune: Tune, sources: dict[str, tuple[str, str]], tmp_path: pathlib.Path
 ) -> None:

@@ -25,6 +25,7 @@ def blind(train: str, test: str) -> float:
     return sum(seen[r.captions[0]].most_common(1)[0][0] == r.label for r in asked) / len(asked)
 
 
+@pytest.mark.slow
 def test_questions_are_answered_better_than_without_looking(tune: Tune, tmp_path: pathlib.Path) -> None:
     train, test = digits.questions(tmp_path / "train", 0, 600), digits.questions(tmp_path / "test", 1000, 1250)
     assert len(open_source(test)) == 500

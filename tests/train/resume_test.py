@@ -198,12 +198,12 @@ def test_whenever_it_dies_the_bits_are_the_same(runs: Runs, seed: int) -> None:
     print(dict(runs.hit))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_asked_to_stop_at_every_moment(runs: Runs) -> None:
     check(runs, runs.folder / "asked", [Fault(TERM, phase, 2 if phase == "step" else 1) for phase in PHASES])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("half", [0, 1])
 def test_twenty_seeds(runs: Runs, half: int) -> None:
     """Ten of them in each of two tests, which two cores run at a time."""

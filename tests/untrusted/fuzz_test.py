@@ -48,7 +48,7 @@ def test_a_few_of_every_kind(run_python: RunPython, tmp_path: pathlib.Path) -> N
     assert all(one["read"] + one["refused"] >= 12 for one in found), found
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", TARGETS)
 def test_many(run_python: RunPython, tmp_path: pathlib.Path, name: str) -> None:
     (found,) = fuzz(run_python, tmp_path, CASES[name], name)
@@ -58,7 +58,7 @@ def test_many(run_python: RunPython, tmp_path: pathlib.Path, name: str) -> None:
     assert found["read"], f"not even a sound file was read: {found}"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs pip install 'coca_jax[fuzz]'")
 @pytest.mark.parametrize("name", ["images", "tar", "captions", "exported_json"])
 def test_files_made_by_coverage(run_python: RunPython, tmp_path: pathlib.Path, name: str) -> None:
