@@ -394,7 +394,7 @@ def test_a_run_goes_on_with_fewer_processes(
     begun = 0
     for count in (4, 2):
         job = launch([*settings, f"--workdir={moved}"], count, devices=4 // count)
-        wait_until(job, has_newer, moved, begun)
+        wait_until(job, has_newer, moved, begun or 10)  # two checkpoints at first: one is going to be damaged
         for process in reversed(job):  # the first last: JAX ends the others when it is gone
             process.kill()
         said = finish(job, expected=-signal.SIGKILL)

@@ -85,7 +85,7 @@ def test_wrong_flags_get_one_line(run_python: Callable[..., Any], arguments: lis
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_processes_and_devices_give_what_one_device_gives(
     command: list[str],
     alone: pathlib.Path,
@@ -108,7 +108,7 @@ def test_processes_and_devices_give_what_one_device_gives(
     assert (tmp_path / "two" / "results.txt").read_text() == (alone / "results.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_inside_a_source_it_goes_on(
     command: list[str],
     alone: pathlib.Path,

@@ -51,7 +51,7 @@ def test_retrieval_gets_better_and_the_captioning_half_is_not_there(
     assert not tuned.of("text_decoder/multimodal/") and not tuned.of("generative_pooler/")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_higher_resolution_goes_on_from_a_lower_one(tune: Tune, sources: dict[str, tuple[str, str]]) -> None:
     tuned = tune(
         *("higher_resolution", *sources["same"]),

@@ -42,7 +42,7 @@ def test_a_step_is_compiled_once() -> None:
     assert counts == [1, 1, 1]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_second_start_compiles_nothing(run_python: RunPython, tmp_path: pathlib.Path) -> None:
     """The keys of compiled programs are the same from process to process, whatever the workdir."""
     source, tokenizer = pairs.write(tmp_path)

@@ -70,7 +70,7 @@ def test_eight_devices_equal_one(run_python) -> None:
     run_python(check_meshes, timeout=290)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_eight_devices_equal_one_in_every_other_mesh(run_python) -> None:
     run_python(check_other_meshes, timeout=600)
 
