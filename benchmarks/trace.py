@@ -52,7 +52,7 @@ def read(folder: Path) -> list[Event]:
             if devices and line.name in ("XLA Modules", "Steps"):  # whole programs
                 continue
             for event in line.events:
-                if event.name.startswith("end: dot"):
+                if event.name.startswith("end: "):
                     ends[event.name[5:]].append(event.start_ns / 1e9)
                 elif event.name.split(".")[0] not in _CONTAINERS and (
                     "hlo_op" in (stats := dict(event.stats)) or (devices and line.name == "XLA Ops")
