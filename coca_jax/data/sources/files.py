@@ -10,6 +10,8 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import errno
+import functools
 import glob
 import itertools
 import os
@@ -189,13 +191,17 @@ def _matches(pattern: str, where: str) -> list[File]:
 def read(path: str, limit: int = MAX_BYTES) -> bytes:
     """All bytes of a small file. Raises OSError; BadExample where it is larger than the limit."""
     size = look(path).size  # a pipe or a device is no file: opening one could hang
-    if size > limit:
-        raise BadExample("unreadable", f"{path}: {size} bytes, more than the {limit} that one picture may have")
+    _check_size(path, size, limit)
     if is_remote(path):
         system, inside = store(path)
         return system.cat_file(inside)
     with open(path, "rb") as file:
         return file.read(size)
+
+
+def _check_size(path: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise BadExample("unreadable", f"{path}: {size} bytes, more than the {limit} that one picture may have")
 
 
 def read_settings(path: str, where: str) -> str:
@@ -235,6 +241,51 @@ def inside(root: str, relative: str, where: str, *, links: bool = True) -> str:
                 f"{where}: {relative[:200]!r} is a link that leaves the folder {root}: copy the file into it"
             )
     return path
+
+
+def picture(root: str, relative: str, where: str) -> bytes:
+    """All bytes of a small file under a folder, by a name that came with data.
+
+    On a disk it costs four system calls where the name is no link and its folder was looked at before: following the
+    links of a whole path costs half as much as the decoding of a small picture.
+
+    Raises:
+      DataError: the name leaves the folder (see `inside`).
+      BadExample: there is no such file, it cannot be read, or it is larger than one picture may be.
+    """
+    path = inside(root, relative, where, links=False)
+    try:
+        if is_remote(path) or not (_FILE_ITSELF and _stays(root, os.path.dirname(path))):
+            return read(inside(root, relative, where))
+        try:
+            descriptor = os.open(path, _FILE_ITSELF)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EMLINK):  # it is a link: Linux and macOS say ELOOP, BSD EMLINK
+                raise
+            return read(inside(root, relative, where))
+        with open(descriptor, "rb", buffering=0) as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise FileNotFoundError(f"{path} is not a file")
+            _check_size(path, found.st_size, MAX_BYTES)
+            return file.read(found.st_size)
+    except BadExample as error:
+        raise BadExample(error.reason, f"{where}: {one_line(error)}") from error
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise BadExample("unreadable", f"{where}: {path} cannot be read: {one_line(error)}") from error
+
+
+# Opens a file and not what a link leads to, without waiting for the other end of a pipe; 0 where a system cannot.
+_FILE_ITSELF = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC if hasattr(os, "O_NOFOLLOW") else 0
+
+
+@functools.lru_cache(maxsize=100_000)
+def _stays(root: str, folder: str) -> bool:
+    """Whether a folder, whatever links lead to it, lies under another one, as it was when it was first asked."""
+    top = os.path.realpath(root)
+    return os.path.commonpath([os.path.realpath(folder), top]) == top
 
 
 class _Handle:

@@ -103,19 +103,13 @@ class Folder:
         where = f"{self._captions} line {entry.line}" if entry.line else f"{self._root}: {entry.path!r}"
         if entry.problem:
             raise BadExample(entry.problem[0], f"{where}: {entry.problem[1]}")
-        path = files.inside(self._root, entry.path, where)
         captions = tuple(caption for caption in entry.captions if caption.strip())
         if any("\udc80" <= char <= "\udcff" for text in (*captions, entry.label) for char in text):
             raise BadExample("encoding", f"{where}: the text of {entry.path!r} is not UTF-8")
         if not captions and not entry.label:
             raise BadExample("no_caption", f"{where}: {entry.path!r} has no caption")
-        try:
-            image = files.read(path)
-            frames = tuple(files.read(files.inside(self._root, frame, where)) for frame in entry.frames)
-        except OSError as error:
-            raise BadExample("unreadable", f"{where}: {path} cannot be read: {one_line(error)}") from error
-        except ValueError as error:
-            raise BadExample("unreadable", f"{where}: {one_line(error)}") from error
+        image = files.picture(self._root, entry.path, where)
+        frames = tuple(files.picture(self._root, frame, where) for frame in entry.frames)
         key = f"{entry.path}:{entry.line}" if self._asks else entry.path
         return Record(key, image, captions, entry.label, frames=frames)
 

@@ -71,11 +71,7 @@ class Karpathy:
         where = f"{self._file}: {path!r}"
         if not captions:
             raise BadExample("no_caption", f"{where} has no sentence")
-        full = files.inside(self._root, path, where)
-        try:
-            image = files.read(full)
-        except OSError as error:
-            raise BadExample("unreadable", f"{where}: {full} cannot be read: {one_line(error)}") from error
+        image = files.picture(self._root, path, where)
         return Record(path, image, tuple(caption.strip() for caption in captions))
 
     def __repr__(self) -> str:

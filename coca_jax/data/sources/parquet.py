@@ -163,11 +163,7 @@ class Parquet:
         if not isinstance(path, str) or not path:
             raise BadExample("empty", f"{where} has no picture")
         root = self._root or file.path.rpartition("/")[0] or ("/" if file.path.startswith("/") else ".")
-        path = files.inside(root, path, where)
-        try:
-            return files.read(path)
-        except OSError as error:
-            raise BadExample("unreadable", f"{where}: {path} cannot be read: {one_line(error)}") from error
+        return files.picture(root, path, where)
 
 
 @contextlib.contextmanager
