@@ -113,6 +113,15 @@ class Apply:
         def classify(params: Parameters, images: jax.Array, tokens: jax.Array) -> jax.Array:
             return apply(params, pixels(images), tokens, method="classify")
 
+        def attention(contrastive: bool, params: Parameters, images: jax.Array) -> jax.Array:
+            found: jax.Array = apply(params, pixels(images), contrastive=contrastive, method="attention")
+            side = c.model.image.size // c.model.image.patch
+            return found[:, :, int(c.model.image.class_token) :].reshape(*found.shape[:2], side, side)
+
+        self.attention = {
+            pooler: self._compile(functools.partial(attention, pooler == "contrastive"))
+            for pooler in ("contrastive", "generative")
+        }
         self.encode_image = self._compile(encode_image)
         self.classify = self._compile(classify)
         self.encode_text = self._compile(encode_text)

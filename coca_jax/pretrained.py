@@ -84,6 +84,32 @@ class Pretrained:
         tokens = self._tokenizer().encode_batch(texts, self.config.model.text.length)
         return self._rows(self._apply.encode_text, [tokens], batch_size)
 
+    def attention(
+        self, images: Any, *, pooler: str = "generative", batch_size: int = 64
+    ) -> Float[np.ndarray, "b q y x"]:
+        """Where a pooler's queries look: their weights over the patches, mean over heads, float32.
+
+        The patches are those of the square that `preprocessor.pixels` makes of a picture, rows from its top, columns
+        from its left. The weights of a query sum to 1, less what it gives to a class token. With `pooler.kind=cascade`
+        the contrastive one's are a product of two attentions (`CoCa.attention`).
+
+        Args:
+          images: as in `encode_image`.
+          pooler: generative, whose q queries the decoder reads, or contrastive: q = 1, of the picture's feature.
+          batch_size: pictures that are computed at a time.
+
+        Raises:
+          ValueError: the model has no such pooler.
+        """
+        if pooler not in self._apply.attention:
+            raise ValueError(f"pooler={pooler!r} must be one of {', '.join(self._apply.attention)}")
+        if pooler == "contrastive":
+            self._needs(self._apply.has_contrastive, "lambda_con")
+        else:
+            self._needs(self._apply.has_captioning, "lambda_cap")
+        pixels = self.preprocessor.pixels(_several(images))
+        return self._rows(self._apply.attention[pooler], [pixels], batch_size)
+
     def log_likelihood(
         self, images: Any, texts: str | Sequence[str], *, batch_size: int = 64
     ) -> Float[np.ndarray, "b c"]:

@@ -1,7 +1,7 @@
 """Softmax attention by the configured implementation: XLA's, cuDNN's kernel (GPU), or a flash kernel (TPU).
 
 One function of queries, keys and values, `attend`; the projections around it are in layers.py. All implementations
-agree to rounding wherever a token counts. The kernels never hold the weights `[b, h, s, m]`.
+agree to rounding wherever a token counts. The kernels never hold the weights `[b, h, s, m]`: `weights` computes them.
 
 Axes: b batch, s queries of an attention (tokens), m its keys, h heads, k head width.
 """
@@ -86,6 +86,12 @@ def attend(
         segments, is_causal = (mask.query_segments, mask.key_segments), True
     run = functools.partial(_flash, is_causal=is_causal)
     return per_shard(run, *arrays, *((part, ("batch", None)) for part in segments))
+
+
+def weights(query: Float[Array, "b s h k"], keys: Float[Array, "b m h k"]) -> Float[Array, "b h s m"]:
+    """What `attend` weighs the values by where there is no mask, float32: for looking at, not for training."""
+    scores = jnp.einsum("bshk,bmhk->bhsm", query, keys, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
 
 
 def _cudnn(

@@ -75,9 +75,9 @@ class CoCa(nn.Module):
         c = self.config
         self.image_encoder = ImageEncoder(c)
         # kind=single: query 0 is the contrastive one, the others are the decoder's (open_clip).
-        self.generative_pooler = Pooler(c, c.pooler.queries)
+        self.generative_pooler = Pooler(c, c.pooler.queries, c.image.width)
         if c.pooler.kind != "single":
-            self.contrastive_pooler = Pooler(c, 1)
+            self.contrastive_pooler = Pooler(c, 1, c.image.width if c.pooler.kind == "parallel" else c.text.width)
         self.image_projection = Projection(c)
         self.text_decoder = TextDecoder(c)
         self.text_projection = Projection(c)
@@ -169,6 +169,26 @@ class CoCa(nn.Module):
             assert pooled is not None
             output = dataclasses.replace(output, image_features=self.image_projection(pooled))
         return output
+
+    def attention(self, images: Float[Array, "b y x 3"], *, contrastive: bool) -> Float[Array, "b q n"]:
+        """Where a pooler's queries look: weights over patch tokens, class token included, float32, each query's sum 1.
+
+        With kind=cascade the contrastive query reads the generative pooler's output: its weights over that, times those
+        queries' weights over the patches (attention rollout, Abnar and Zuidema 2020, without the values between).
+
+        Args:
+          images: normalised.
+          contrastive: of the one query of the contrastive feature; else of those that the decoder reads.
+        """
+        tokens, kind = self._patch_tokens(images), self.config.pooler.kind
+        if contrastive and kind == "parallel":
+            return self.contrastive_pooler.weights(tokens)
+        weights = self.generative_pooler.weights(tokens)
+        if kind == "single":
+            return weights[:, :1] if contrastive else weights[:, 1:]
+        if not contrastive:
+            return weights
+        return jnp.einsum("bqp,bpn->bqn", self.contrastive_pooler.weights(self.generative_pooler(tokens)), weights)
 
     def encode_text(self, tokens: Int[Array, "b t"]) -> Output:
         """`text_features` of token ids."""

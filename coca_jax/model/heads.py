@@ -23,7 +23,7 @@ class Classifier(nn.Module):
     def setup(self) -> None:
         c = self.model.head
         if c.reads == "pooler":
-            self.pooler = Pooler(self.model, 1)
+            self.pooler = Pooler(self.model, 1, self.model.image.width)
             if c.frames > 1:
                 # The pooler is blind to order; beginning at zero, the frames' places begin as the paper has it.
                 shape = (c.frames, self.model.image.width)

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from coca_jax import config
-from coca_jax.model.attention import KERNEL_RESIDUALS, Mask, attend
+from coca_jax.model.attention import KERNEL_RESIDUALS, Mask, attend, weights
 from coca_jax.sharding import shard
 
 Init = Callable[..., Array]
@@ -126,6 +126,10 @@ class Attention(nn.Module):
         is_causal: bool = False,
     ) -> Float[Array, "b s d"]:
         return self.attend(x, *self.project(x if kv is None else kv), mask=mask, is_causal=is_causal)
+
+    def weights(self, x: Float[Array, "b s d"], kv: Float[Array, "b m d"]) -> Float[Array, "b h s m"]:
+        """What `__call__` weighs the values by."""
+        return weights(self._split(self.query(x)), self._split(self.key(kv)))
 
     def _split(self, x: Float[Array, "b m h k"]) -> Float[Array, "b m h k"]:
         return checkpoint_name(shard(x, "batch", None, "heads", None), "qkv")

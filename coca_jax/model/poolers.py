@@ -18,22 +18,33 @@ class Pooler(nn.Module):
     Attributes:
       model: for heads, width (that of the text decoder, which reads the result) and dtypes.
       queries: how many vectors come out.
+      kv_width: of the tokens.
     """
 
     model: config.Model
     queries: int
+    kv_width: int
 
-    @nn.compact
-    def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b q d"]:
+    def setup(self) -> None:
         m = self.model
         width = m.text.width
-        query = self.param("query_tokens", nn.initializers.normal(1.0), (self.queries, width), jnp.dtype(m.param_dtype))
-        query = layers.layer_norm(m, "query_norm")(query.astype(jnp.dtype(m.dtype)))
-        # The queries are the same for every image: normalised once, and projected once per image by the attention.
-        query = jnp.broadcast_to(query[None], (tokens.shape[0], *query.shape))
-        tokens = layers.layer_norm(m, "token_norm")(tokens)
-        attention = layers.rematerialised(layers.Attention, m.pooler.remat)(
-            m, width, m.pooler.heads, tokens.shape[-1], recompute=m.pooler.remat == "attention", name="attention"
+        self.query_tokens = self.param(
+            "query_tokens", nn.initializers.normal(1.0), (self.queries, width), jnp.dtype(m.param_dtype)
         )
-        pooled = attention(query, tokens)
-        return layers.layer_norm(m, "out_norm")(pooled)
+        self.query_norm, self.token_norm, self.out_norm = (layers.layer_norm(m) for _ in range(3))
+        self.attention = layers.rematerialised(layers.Attention, m.pooler.remat)(
+            m, width, m.pooler.heads, self.kv_width, recompute=m.pooler.remat == "attention"
+        )
+
+    def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b q d"]:
+        pooled = self.attention(*self._normalised(tokens))
+        return self.out_norm(pooled)
+
+    def weights(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b q n"]:
+        """How much of each token a query takes: float32, mean over heads; the weights of a query sum to 1."""
+        return self.attention.weights(*self._normalised(tokens)).mean(axis=1)
+
+    def _normalised(self, tokens: Float[Array, "b n d"]) -> tuple[Float[Array, "b q d"], Float[Array, "b n d"]]:
+        query = self.query_norm(self.query_tokens.astype(jnp.dtype(self.model.dtype)))
+        # The queries are the same for every image: normalised once, and projected once per image by the attention.
+        return jnp.broadcast_to(query[None], (tokens.shape[0], *query.shape)), self.token_norm(tokens)
