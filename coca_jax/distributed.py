@@ -35,6 +35,10 @@ class DistributedError(RuntimeError):
     """The processes do not come together. The message names the flag or variable, its value and the fix."""
 
 
+class Absent(DistributedError):
+    """Another process is not there, or is of a job that ends: nothing is to be mended, all are to be started again."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What this process was told of its job.
@@ -71,7 +75,8 @@ def initialize(flags: Mapping[str, str] | None = None, timeout: float = TIMEOUT,
       heartbeat: seconds of silence after which JAX takes a process for lost and ends the others, naming it.
 
     Raises:
-      DistributedError: what was given is incomplete or wrong, or the coordinator does not answer.
+      DistributedError: what was given is incomplete or wrong.
+      Absent: the coordinator does not answer, or another process was lost meanwhile.
     """
     deadline = time.monotonic() + timeout
     flags = flags or {}
@@ -106,7 +111,7 @@ def initialize(flags: Mapping[str, str] | None = None, timeout: float = TIMEOUT,
                 jax.distributed.initialize(initialization_timeout=later, heartbeat_timeout_seconds=heartbeat)
         except Exception as error:  # of many kinds: sockets, metadata servers, JAX
             how = where if job else f"{cluster} was found, but JAX could not start from it"
-            raise DistributedError(
+            raise (Absent if _LOST.search(str(error)) else DistributedError)(
                 f"{how}: {' '.join(str(error).split())}; to say it yourself: {', '.join(f'{f}=...' for f in FLAGS)}"
             ) from error
         jax.device_count()  # the devices of all are told to all
@@ -207,7 +212,7 @@ def _wait_for_coordinator(job: Job, deadline: float, timeout: float) -> None:
         except OSError as error:  # not yet up, or not yet known by name
             reason = error.strerror or str(error)
         time.sleep(min(0.5, timeout / 10))
-    raise DistributedError(
+    raise Absent(
         f"{job.source}={job.coordinator} did not answer process {job.index} within {timeout:g} s ({reason}): see that "
         "process 0 runs on that host, and that the port is open between the hosts"
     )
@@ -229,11 +234,11 @@ def _check_port(job: Job) -> None:
 
 @contextlib.contextmanager
 def _ending_at(deadline: float, message: str) -> Iterator[None]:
-    """Ends the process with the message if the block has not been left by then: JAX can only be left so."""
+    """Ends the process, with the message and EXIT_LOST, if it is in the block then: JAX can only be left so."""
 
     def end() -> None:
         _say(message)
-        os._exit(1)
+        os._exit(EXIT_LOST)
 
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), end)
     timer.daemon = True
@@ -305,7 +310,7 @@ def leave(message: str, patience: float = 10.0) -> str:
 # What a computation says that another process has left: Gloo (CPU), NCCL (GPU), gRPC, TPU's network between slices.
 _LOST = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket closed|unavailable|deadline.exceeded|heartbeat"
-    r"|peer|coordination service",
+    r"|peer|coordination.?service",
     re.IGNORECASE,
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from coca_jax import commandline, config, distributed, sharding, start
+from coca_jax import commandline, config, distributed, sharding, start, supervise
 from coca_jax.config import ConfigError
 from coca_jax.data import classes, sources
 from coca_jax.data.mixture import open_mixture
@@ -50,10 +51,11 @@ def run(
       heartbeat: seconds of silence after which one of them is taken for lost, and the others end.
 
     Returns:
-      What to exit with: 0, EXIT_STOPPED, or what is wrong, in a line or a list. In a job of several processes, one in
-      which something is wrong prints that and ends here, so that the others do not wait for it.
+      What to exit with: 0, EXIT_STOPPED, EXIT_LOST where the others did not come, or what is wrong, in a line or a
+      list. In a job of several processes, one in which something is wrong prints that and ends here, so that the others
+      do not wait for it.
     """
-    started = time.monotonic()
+    started, beating = time.monotonic(), supervise.Beating()
     commandline.quiet()
     try:
         c = config.from_config_dict(values)
@@ -63,10 +65,13 @@ def run(
         with contextlib.ExitStack() as held:
             stop = held.enter_context(stopping.Stopping(c.checkpoint.grace))
             config.check(c, jax.device_count(), slice_count=sharding.slice_count(), platform=jax.default_backend())
-            return _run(c, checkpoint.absolute(workdir), evaluate_only, profile_steps, started, held, stop)
+            return _run(c, checkpoint.absolute(workdir), evaluate_only, profile_steps, started, held, stop, beating)
     except stopping.Stopped as stopped:
         _say(stopped)
         return stopping.EXIT_STOPPED
+    except distributed.Absent as error:
+        print(f"error: {error}", file=sys.stderr)
+        return distributed.EXIT_LOST
     except (ConfigError, DataError, checkpoint.CheckpointError, Diverged, distributed.DistributedError) as error:
         return distributed.leave(f"error: {error}")
     except Exception as error:
@@ -84,6 +89,7 @@ def _run(
     started: float,
     held: contextlib.ExitStack,
     stop: stopping.Stopping,
+    beating: supervise.Beating,
 ) -> int | str:
     slices = sharding.slice_count()
     shape = config.mesh_shape(c.mesh, jax.device_count(), slice_count=slices)
@@ -125,6 +131,7 @@ def _run(
     page = workdir / report.REPORT_FILE
     with checkpoint.Checkpoints(workdir) as found:
         at, reported = distributed.gather([found.latest(), page.exists()])[0]
+    beating.goes_on_from(at or 0)
     if at == c.steps and reported and not evaluate_only:
         _say(f"complete: {workdir} has been trained to step {at}; the report is {page}")
         return 0

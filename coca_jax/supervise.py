@@ -5,22 +5,32 @@
 
 What stands after -- goes to coca_jax.main, which takes up from the newest checkpoint. A process that was killed, that
 crashed, was asked to end (143) or has lost another one (75, or ended by JAX) is a reason to start again; one that ends
-with status 1 has said what is to be mended, and nothing is started again. SIGTERM and Ctrl-C are passed on, and end the
-supervisor too. Standard library alone: it outlives whatever happens to JAX.
+with status 1 has said what is to be mended, and nothing is started again. One that gives no sign of life is killed.
+After --restarts starts in a row that brought no newer checkpoint it gives up. SIGTERM and Ctrl-C are passed on, and end
+the supervisor too. Of a run on several machines each has its own supervisor (launch/on_worker), and all start again.
+Standard library alone: it outlives whatever happens to JAX.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import pathlib
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
 
 FINAL = (0, 1, 2)  # complete; an error that names what to mend; a command line that cannot be read
+LONGEST_PAUSE = 300.0
+BEAT_FILE = "COCA_JAX_BEAT"  # variable: the file in which a process beats
+BEAT = 2.0  # seconds between its beats
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m coca_jax.supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=_positive, default=1, help="on this machine (default: 1)")
-    parser.add_argument("--restarts", type=int, default=10, help="how often all are started again (default: 10)")
+    parser.add_argument(
+        "--restarts", type=int, default=5, help="how often in a row without a newer checkpoint (default: 5)"
+    )
     parser.add_argument(
         "--grace", type=float, default=300.0, help="seconds to save in, between SIGTERM and SIGKILL (default: 300)"
     )
@@ -39,45 +51,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=120.0,
         help="seconds that the others have, when one is lost, to find it out by themselves (default: 120)",
     )
-    parser.add_argument("--pause", type=float, default=5.0, help="seconds before a new start (default: 5)")
+    parser.add_argument(
+        "--frozen",
+        type=float,
+        default=300.0,
+        help="seconds without a sign of life after which a process is killed; 0: never (default: 300)",
+    )
+    parser.add_argument(
+        "--pause",
+        type=float,
+        default=5.0,
+        help=f"seconds before a new start, doubled to {LONGEST_PAUSE:.0f} while no checkpoint is newer (default: 5)",
+    )
     parser.add_argument("main", nargs="*", metavar="-- ARGUMENT", help="of coca_jax.main")
     options = parser.parse_args(arguments)
     command = [sys.executable, "-m", "coca_jax.main", *options.main]
-    job = Job(command, options.processes, options.grace, options.patience)
+    job = Job(command, options.processes, options.grace, options.patience, options.frozen)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, job.stop)
-    for left in range(max(0, options.restarts), -1, -1):
+    newest, futile = -1, 0
+    while True:
         status = job.run()
-        if job.stopping or status in FINAL or not left:
-            break
-        say(f"starts again in {options.pause:g} s, from the newest checkpoint; {left} left")
-        deadline = time.monotonic() + options.pause
-        while time.monotonic() < deadline and not job.stopping:
+        if job.step > newest:  # it began with a newer checkpoint than those before it
+            newest, futile = job.step, 0
+        if job.stopping or status in FINAL:
+            return status
+        if futile >= options.restarts:
+            say(f"gives up: no newer checkpoint in {futile + 1} starts; the last status is {status}")
+            return status
+        pause = min(options.pause * 2**futile, LONGEST_PAUSE)
+        futile += 1
+        left = options.restarts - futile
+        say(f"starts again in {pause:g} s, from the newest checkpoint; without a newer one {left} times more")
+        deadline = time.monotonic() + pause
+        while time.monotonic() < deadline:
+            if job.stopping:
+                return status
             time.sleep(0.1)
-        if job.stopping:
-            break
-    return status
 
 
 class Job:
     """The processes of one run: all start together, and where one is lost all end."""
 
-    def __init__(self, command: Sequence[str], processes: int, grace: float, patience: float) -> None:
+    def __init__(
+        self, command: Sequence[str], processes: int, grace: float, patience: float, frozen: float = 0.0
+    ) -> None:
         self.stopping = False
+        self.step = -1  # that the processes went on from when they were last started; -1: they did not say
         self._command, self._count, self._grace, self._patience = list(command), processes, grace, patience
+        self._frozen = frozen
         self._running: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> int:
         """Starts them and waits for all. Returns 0, or the first other status; of a signal 128 + N."""
+        with tempfile.TemporaryDirectory(prefix="coca_jax_beat_") as folder:
+            return self._run([pathlib.Path(folder) / str(index) for index in range(self._count)])
+
+    def _run(self, files: Sequence[pathlib.Path]) -> int:
         several: list[list[str]] = [[]]
         if self._count > 1:
             shared = [f"--coordinator=localhost:{free_port()}", f"--num_processes={self._count}"]
             several = [[*shared, f"--process_id={index}"] for index in range(self._count)]
-        self._running = [subprocess.Popen([*self._command, *flags]) for flags in several]
+        self._running = [
+            subprocess.Popen([*self._command, *flags], env=os.environ | {BEAT_FILE: str(file)})
+            for flags, file in zip(several, files, strict=True)
+        ]
         if self.stopping:  # asked between two starts
             self._send(signal.SIGTERM)
+        hearts = [_Heart(file) for file in files]
         first, deadline, killed = 0, None, False
         ended: set[int] = set()
+        frozen: set[int] = set()
+        looked = time.monotonic()
         while len(ended) < self._count:
             for index, process in enumerate(self._running):
                 code = process.poll()
@@ -99,7 +144,17 @@ class Job:
                     say(f"process {', '.join(late)} of {self._count} did not end in time: SIGKILL")
                 self._send(signal.SIGKILL)
                 killed, first = True, first or 128 + signal.SIGKILL
+            if time.monotonic() - looked > BEAT:  # this process stood still itself: it has seen nothing
+                hearts = [_Heart(file) for file in files]
+            looked = time.monotonic()
+            for index, heart in enumerate(hearts):
+                quiet = heart.quiet()
+                if 0 < self._frozen < quiet and index not in ended | frozen:
+                    frozen.add(index)
+                    say(f"process {index} of {self._count} has given no sign of life for {quiet:.0f} s: SIGKILL")
+                    self._running[index].kill()
             time.sleep(0.1)
+        self.step = max((heart.step() for heart in hearts), default=-1)
         return first
 
     def stop(self, number: int, _: FrameType | None) -> None:
@@ -112,6 +167,66 @@ class Job:
         for process in self._running:
             if process.poll() is None:
                 process.send_signal(number)
+
+
+class _Heart:
+    """What a process wrote into its file, as the supervisor sees it. No clocks are compared."""
+
+    def __init__(self, file: pathlib.Path) -> None:
+        self._file, self._seen, self._at = file, "", time.monotonic()
+
+    def quiet(self) -> float:
+        """Seconds since the last beat was seen; 0 before the first."""
+        now = self._read()
+        if now != self._seen:
+            self._seen, self._at = now, time.monotonic()
+        return time.monotonic() - self._at if self._seen else 0.0
+
+    def step(self) -> int:
+        words = self._read().split()
+        return int(words[1]) if len(words) == 2 else -1
+
+    def _read(self) -> str:
+        try:
+            return self._file.read_text()
+        except OSError:
+            return ""
+
+
+class Beating:
+    """The process's side: shows a supervisor, where there is one, that the process lives, until it ends.
+
+    A thread of it beats, so that what is frozen (stopped, or stuck holding Python's lock) is silent. What only waits,
+    for data or for a lost process, is not: of that the watchdog and JAX's own heartbeat speak.
+    """
+
+    def __init__(self) -> None:
+        self._path = os.environ.get(BEAT_FILE, "")
+        self._count, self._step, self._lock = 0, -1, threading.Lock()
+        if self._path:
+            self._beat()
+            threading.Thread(target=self._run, name="beat", daemon=True).start()
+
+    def goes_on_from(self, step: int) -> None:
+        """Says which checkpoint the run begins with; 0: none."""
+        self._step = step
+        self._beat()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(BEAT)
+            self._beat()
+
+    def _beat(self) -> None:
+        if not self._path:
+            return
+        with self._lock, contextlib.suppress(OSError):  # the supervisor may be gone, and its folder
+            self._count += 1
+            handle = os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o600)
+            try:
+                os.pwrite(handle, b"%12d %12d" % (self._count, self._step), 0)  # always as long: never half of it
+            finally:
+                os.close(handle)
 
 
 def free_port() -> int:

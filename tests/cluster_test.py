@@ -1,7 +1,8 @@
 """The launchers for clusters, against stand-ins for gcloud, xpk and Slurm's programs: a cluster made of folders.
 
 A stand-in writes down what it is called with. Where a machine would do something (copy a file, run a command), it does
-so in a folder of its own, with an interpreter that writes down its arguments in the place of coca_jax.main.
+so in a folder of its own, with an interpreter that writes down its arguments, or with the real supervisor and a small
+program in the place of coca_jax.main.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _PYTHON = f"""#!/bin/bash
 if [[ $1 == -c ]]; then echo {sys.version_info.major}.{sys.version_info.minor}; exit; fi
 """
 _PYTHON += """
-shift 2
+[[ $2 == coca_jax.supervise ]] || exit 9
+while [[ $1 != -- ]]; do shift; done
+shift
 printf '%s\\0' "$@" >"$HOME/arguments"
 env -0 >"$HOME/environment"
 pwd >"$HOME/directory"
@@ -77,7 +80,8 @@ class Cloud:
         for name in ("setup.py", "pyproject.toml", "configs/debug.py"):
             shutil.copy(REPOSITORY / name, self.clone / name)
         for name, body in _TOOLS.items():
-            recorded = f"""printf '%s\\0' {name} "$@" $'\\n' >>"$LOG"\n"""
+            # At once: two machines' calls must not be mixed, and bash writes line by line.
+            recorded = f"""printf '%s\\0' {name} "$@" $'\\n' >"$LOG.$$"; cat "$LOG.$$" >>"$LOG"; rm "$LOG.$$"\n"""
             self._write(name, f"#!/bin/bash\n{recorded if name != 'uv' else ''}{body}\n")
         self._write("fake_python", _PYTHON)
 
@@ -124,6 +128,45 @@ def cloud(tmp_path: pathlib.Path):
     yield found
     for machine in found.folder.glob("pod*"):  # whatever a failed test left running
         (machine / "finish").write_text("0")
+
+
+# In the place of coca_jax.main, under the real supervisor: killed at its first start, asked to end at its second.
+_MAIN = """
+import os, pathlib, signal, sys, time
+home = pathlib.Path(os.environ["HOME"])
+with (home / "starts").open("a") as file:
+    file.write("\\0".join(sys.argv[1:]) + "\\n\\n")
+if (home / "starts").read_text().count("\\n\\n") == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+time.sleep(60)
+"""
+
+
+def test_a_lost_process_is_started_again_on_its_machine(cloud: Cloud) -> None:
+    """on_worker with the real supervisor, as launch/tpu_pod calls it; launch/gke calls it in the foreground."""
+    environment = cloud.folder / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin/python").symlink_to(sys.executable)
+    (cloud.clone / "coca_jax/__init__.py").touch()
+    (cloud.clone / "coca_jax/main.py").write_text(_MAIN)
+    shutil.copy(REPOSITORY / "coca_jax/supervise.py", cloud.clone / "coca_jax/supervise.py")
+    worker = ("bash", cloud.clone / "launch/on_worker")
+    told = {"COCA_JAX_VENV": str(environment), "PYTHONPATH": str(cloud.clone)}
+    starts = cloud.folder / "starts"
+    assert cloud.run(*worker, "start", "--extra=cpu", "--grace=60", "--", *RUN, **told).returncode == 0
+    deadline = time.monotonic() + 50
+    while not starts.exists() or starts.read_text().count("\n\n") < 2:
+        assert time.monotonic() < deadline, (cloud.folder / "coca_jax_run/log").read_text()
+        time.sleep(0.1)
+    assert "running, process" in cloud.run(*worker, "status", **told).stdout
+    time.sleep(0.5)  # until it listens
+    assert cloud.run(*worker, "stop", **told).returncode == 0
+    while "ended with status 143" not in (said := cloud.run(*worker, "status", **told).stdout):
+        assert time.monotonic() < deadline, said
+    log = (cloud.folder / "coca_jax_run/log").read_text()
+    assert "process 0 of 1 was ended by SIGKILL" in log and "starts again in 5 s" in log, log
+    assert starts.read_text() == ("\0".join(RUN) + "\n\n") * 2
 
 
 POD = ("--name=pod", "--zone", "us-central2-b")

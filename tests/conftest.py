@@ -25,6 +25,12 @@ STRICT = {
     "JAX_NUMPY_RANK_PROMOTION": "raise",
 }
 os.environ |= STRICT
+# For tests that start many processes: each would compile 1,500 modules of Python anew, 3 s of it, where the environment
+# says that what was compiled is not to be kept. It is kept here, beside pytest's own.
+BYTECODE = {
+    "PYTHONDONTWRITEBYTECODE": "",
+    "PYTHONPYCACHEPREFIX": str(REPOSITORY / ".pytest_cache/bytecode"),
+}
 # Small programs run for a moment and are compiled for seconds: without the optimiser's passes, half as long.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]).strip()
 

@@ -46,8 +46,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "pretrained",
     ),
     "run": (
-        *("config", "commandline", "sharding", "distributed", "data", "evaluate", "evaluator", "start", "train"),
-        "train.loop",
+        *("config", "commandline", "sharding", "distributed", "data", "evaluate", "evaluator", "start", "supervise"),
+        *("train", "train.loop"),
     ),
     "main": ("config", "commandline", "compiler", "run"),
     "pictures": ("data",),

@@ -16,22 +16,29 @@ from tests import conftest
 # In the place of coca_jax.main: writes its number, and does what its argument says at its first start.
 MAIN = """
 import os, pathlib, signal, sys, time
+from coca_jax import supervise
 flags = dict(a[2:].split("=") for a in sys.argv[1:] if a.startswith("--"))
 index, count, folder = flags.get("process_id", "0"), int(flags.get("num_processes", "1")), pathlib.Path(flags["folder"])
 log = folder / f"starts-{index}"
 with log.open("a") as file:
     file.write(flags.get("coordinator", "-") + "\\n")
-first = len(log.read_text().splitlines()) == 1
+number = len(log.read_text().splitlines())
+first, beating = number == 1, supervise.Beating()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-if first and index == str(count - 1):
-    how = flags["how"]
+how = flags["how"]
+if first and index == str(count - 1) and how != "progress":
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "frozen":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if how == "wait":
         time.sleep(60)
     sys.exit(int(how))
 if first and count > 1:
     time.sleep(60)  # does not find out by itself
+if how == "progress":  # the third start finds a newer checkpoint
+    beating.goes_on_from((0, 4, 8, 8)[number - 1])
+    sys.exit(75)
 """
 
 
@@ -69,6 +76,21 @@ def test_one_of_three_is_killed_and_all_start_again(tmp_path: pathlib.Path) -> N
     assert "process 2 of 3 was ended by SIGKILL" in said and "process 0, 1 of 3 did not end in time: SIGKILL" in said
     assert [len(lines) for lines in starts(tmp_path)] == [2, 2, 2]
     assert all("localhost:" in address for lines in starts(tmp_path) for address in lines)
+
+
+def test_one_that_gives_no_sign_of_life_is_killed(tmp_path: pathlib.Path) -> None:
+    process = supervise(tmp_path, "frozen", 2, "--patience=0.5", "--frozen=4.5")
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, said
+    assert said.count("process 1 of 2 has given no sign of life for") == 1 and "process 1 of 2 was ended by" in said
+    assert [len(lines) for lines in starts(tmp_path)] == [2, 2]  # process 0, asleep, beats
+
+
+def test_it_gives_up_where_no_checkpoint_is_newer(tmp_path: pathlib.Path) -> None:
+    process = supervise(tmp_path, "progress", 1, "--restarts=1")
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and len(starts(tmp_path)[0]) == 4, said  # 0, 4, 8 are news, the second 8 is none
+    assert said.count("starts again in 0.1 s") == 3 and "gives up: no newer checkpoint in 2 starts" in said
 
 
 def test_an_error_is_final_and_restarts_end(tmp_path: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ from coca_jax import chips
 from coca_jax.config import ConfigError
 from coca_jax.train import metrics
 from coca_jax.train.profile import Profile, Steps, read_steps
+from tests import faulty
 
 
 @pytest.fixture
@@ -100,3 +101,25 @@ def test_steps_that_are_past_are_not_traced(tmp_path: pathlib.Path) -> None:
         assert not profile.after(step, jnp.ones(()))
     profile.close()
     assert not (tmp_path / "profile").exists()
+
+
+def test_a_bucket_that_does_not_answer_gets_every_line_once(
+    clock: list[float], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # TensorBoard's writer takes this bucket for a folder
+    bucket, path = faulty.register(), epath.Path("az://bucket/run")
+    writer = metrics.Writer(path, 0)
+    writer.write(1, {"loss": 1.0})
+    bucket.faults["write"].extend([ConnectionResetError("reset by peer"), faulty.Throttled("slow down")] * 2)
+    tried: list[float] = []
+    for step in range(2, 30):
+        clock[0] += 1.0
+        before = bucket.asked["write"]
+        writer.write(step, {"loss": 1.0 / step})
+        tried += [clock[0]] * (bucket.asked["write"] - before)
+        if len(tried) < 5:  # until then nothing is there but the first, and nothing is lost
+            assert [line["step"] for line in metrics.read_lines(path / metrics.METRICS_FILE)] == [1]
+    writer.close()
+    # Tried again after 1, 2, 4 and 8 seconds, and then at every step.
+    assert tried[:6] == [1.0, 2.0, 4.0, 8.0, 16.0, 17.0]
+    assert [line["step"] for line in metrics.read_lines(path / metrics.METRICS_FILE)] == list(range(1, 30))

@@ -20,7 +20,7 @@ from tests import conftest, pairs
 
 
 def start(folder: pathlib.Path, workdir: pathlib.Path, source: str, tokenizer: pathlib.Path) -> subprocess.Popen[str]:
-    environment = os.environ | conftest.STRICT
+    environment = os.environ | conftest.STRICT | conftest.BYTECODE
     environment |= {"PYTHONPATH": str(conftest.REPOSITORY), "COCA_JAX_CACHE": str(folder / "cache")}
     command = [sys.executable, "-m", "coca_jax.main", "--config=tests/tiny_recipe.py", f"--workdir={workdir}"]
     command += [f"--config.data.train={source}", f"--config.data.tokenizer={tokenizer}"]

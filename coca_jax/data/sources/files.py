@@ -26,6 +26,7 @@ import tqdm
 
 from coca_jax.data.records import BadExample, DataError
 from coca_jax.data.sources.base import MAX_BYTES, one_line
+from coca_jax.data.sources.patience import Patient
 
 _THREADS = 32  # that ask a store for sizes: each mostly waits
 _MAX_EXPANDED = 10_000_000
@@ -58,9 +59,10 @@ def is_remote(path: str) -> bool:
 
 
 def store(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a remote path, and the path in it."""
+    """The fsspec file system of a remote path, which is asked `patiently` (but for streams), and the path in it."""
     try:
-        return fsspec.core.url_to_fs(path)
+        system, inside = fsspec.core.url_to_fs(path)
+        return Patient(system, path), inside
     except ImportError as error:
         raise DataError(f"{path}: {one_line(error)}; pip install 'coca_jax[gcs]' or 'coca_jax[s3]'") from error
     except ValueError as error:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from coca_jax.data.records import BadExample, DataError, Record
-from coca_jax.data.sources import files
+from coca_jax.data.sources import files, patience
 from coca_jax.data.sources.base import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, Spec, choose, digest, one_line, texts
 from coca_jax.data.sources.files import File
 
@@ -132,15 +132,18 @@ class Parquet:
         try:
             if files.look(file.path) != file:
                 raise DataError(files.overwritten(file.path))
-            with _opened(file, self._dictionaries) as parquet:
-                self._check(parquet.metadata.row_group(group), f"{file.path}: row group {group}")
-                # In this thread alone: the others read row groups of their own.
-                kept[place] = parquet.read_row_group(group, columns=self._columns, use_threads=False)
+            kept[place] = _asked(file, lambda: self._row_group(file, group))
         except (OSError, _pyarrow().ArrowException) as error:
             raise BadExample(
                 "unreadable", f"{file.path}: row group {group} cannot be read: {one_line(error)}"
             ) from error
         return kept[place]
+
+    def _row_group(self, file: File, group: int) -> Any:
+        with _opened(file, self._dictionaries) as parquet:
+            self._check(parquet.metadata.row_group(group), f"{file.path}: row group {group}")
+            # In this thread alone: the others read row groups of their own.
+            return parquet.read_row_group(group, columns=self._columns, use_threads=False)
 
     def _check(self, metadata: Any, where: str) -> None:
         chunks = [metadata.column(i) for i in range(metadata.num_columns)]
@@ -183,14 +186,23 @@ def _opened(file: File, dictionaries: Sequence[str] = ()) -> Iterator[Any]:
         yield opened
 
 
+def _asked(file: File, read: Callable[[], Any]) -> Any:
+    """What is read from a file: of a store patiently, as its streams do not ask again by themselves."""
+    return patience.patiently(read, file.path) if files.is_remote(file.path) else read()
+
+
 def _footer(file: File) -> tuple[list[str], list[int], list[str]]:
     """Names of the columns, rows of each row group, and paths of what holds bytes or texts."""
-    try:
+
+    def read() -> tuple[list[str], list[int], list[str]]:
         with _opened(file) as parquet:
             metadata = parquet.metadata
             rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             leaves = [parquet.schema.column(i) for i in range(len(parquet.schema))]
             return parquet.schema_arrow.names, rows, [x.path for x in leaves if x.physical_type == "BYTE_ARRAY"]
+
+    try:
+        return _asked(file, read)
     except (OSError, _pyarrow().ArrowException) as error:
         raise DataError(f"{file.path} is no Parquet file: {one_line(error)}; write it again or leave it out") from error
 

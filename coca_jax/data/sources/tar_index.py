@@ -20,7 +20,7 @@ import numpy as np
 
 from coca_jax import cache
 from coca_jax.data.records import DataError
-from coca_jax.data.sources import files, tar_walk
+from coca_jax.data.sources import files, patience, tar_walk
 from coca_jax.data.sources.base import IMAGE_EXTENSIONS, MAX_BYTES, one_line
 from coca_jax.data.sources.files import File
 from coca_jax.data.sources.tar_walk import DamagedTar, Member
@@ -198,13 +198,16 @@ def _reader(file: File) -> Iterator[tar_walk.Read]:
         return
     system, inside = files.store(file.path)
     # As one stream: pictures are smaller than what a request for each header would cost.
-    with system.open(inside, "rb", block_size=_STREAM, cache_type="readahead") as opened:
+    stream = patience.patiently(
+        lambda: system.open(inside, "rb", block_size=_STREAM, cache_type="readahead"), file.path
+    )
+    with stream as opened:
 
         def read(start: int, length: int) -> bytes:
             opened.seek(start)
             return opened.read(length)
 
-        yield read
+        yield lambda start, length: patience.patiently(lambda: read(start, length), file.path)
 
 
 def _rows(file: File) -> tuple[np.ndarray, str, int]:
