@@ -100,6 +100,7 @@ def _run_python(
     environment = {
         **os.environ,
         **STRICT,
+        **BYTECODE,
         "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
         # Threads that XLA's CPU devices share. By default as many as devices: collectives of a loop and of the program
         # around it may wait at the same time, and with every thread waiting for another device nothing moves any more.

@@ -7,22 +7,26 @@ import json
 import math
 import pathlib
 import runpy
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from coca_jax import config, run, sharding
 from coca_jax.data import records
 from coca_jax.data.records import Record
+from coca_jax.data.sources.array_record import ArrayRecords
 from coca_jax.train import guard as guards
-from coca_jax.train import optimizer, state
+from coca_jax.train import loop, optimizer, state
 from coca_jax.train import step as steps
 from coca_jax.train.checkpoint import Checkpoints
 from coca_jax.train.metrics import read_lines
-from tests import pairs, tiny
+from tests import pairs, saved, tiny
 
 LENGTHS = [9, 8, 7, 6, 5, 4, 3, 2]
 MESH = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
@@ -154,22 +158,29 @@ def test_its_cost_is_negligible(monkeypatch: pytest.MonkeyPatch) -> None:
     assert guarded["kept"] == bare["kept"]
 
 
-def test_a_poisoned_record_stops_a_run_that_names_it(tmp_path: pathlib.Path) -> None:
-    """Black pictures, normalised so that the one that is not black overflows: real files, really decoded."""
-    _, tokenizer = pairs.write(tmp_path)
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A recipe over black pictures, normalised so that the one that is not black overflows: real files, really decoded.
+    Most runs here compile its program."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    _, tokenizer = pairs.write(folder)
     black = np.zeros((24, 24, 3), np.uint8)
     packed = []
     for number, example in enumerate(pairs.examples() * 3):
         pixels = pairs.picture(*example) if number == 29 else black
         record = Record(f"record-{number}", pairs.png(pixels), (pairs.caption(*example),), label=example[1])
         packed.append(records.pack(record, 24, 24))
-    records.write(tmp_path / "poisoned.array_record", packed)
+    records.write(folder / "poisoned.array_record", packed)
     c = runpy.run_path("tests/tiny_recipe.py")["get_config"]()
-    c.data.train, c.data.tokenizer = f"array_record:{tmp_path}/poisoned.array_record", str(tokenizer)
+    c.data.train, c.data.tokenizer = f"array_record:{folder}/poisoned.array_record", str(tokenizer)
     c.data.update(color_jitter=0.0, rotate=0.0, mean=(0.0, 0.0, 0.0), std=(1e-36, 1e-36, 1e-36), crop_area=(1.0, 1.0))
     c.checkpoint.every, c.evaluate.captions = 1, 0
     c.loss.lambda_cap = 0.0
+    return c
 
+
+def test_a_poisoned_record_stops_a_run_that_names_it(poisoned: Any, tmp_path: pathlib.Path) -> None:
+    c = poisoned.copy_and_resolve_references()
     going_on = tmp_path / "going on"  # one epoch and a half: it comes once, or twice, and the run goes on
     assert run.run(c, str(going_on)) == 0
     lines = [line for line in read_lines(going_on / "metrics.jsonl") if "loss" in line]
@@ -194,3 +205,102 @@ def test_a_poisoned_record_stops_a_run_that_names_it(tmp_path: pathlib.Path) -> 
         assert kept.latest() is not None
         parameters = kept.restore_parameters(state.abstract_parameters(config.from_config_dict(c)))[0]
         assert bool(guards.finite(parameters))
+
+
+def test_a_state_that_is_not_finite_is_never_saved(
+    poisoned: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number of the moving average, which no loss and no gradient shows: found when it is to be saved."""
+    whole = loop.compile_step
+
+    def spoiling(*arguments: Any) -> Callable[..., Any]:
+        step = whole(*arguments)
+
+        def call(state: Any, batch: Any) -> Any:
+            state, metrics = step(state, batch)
+            if int(state.step) == 6:
+                leaves, tree = jax.tree.flatten(state.ema)
+                leaves[-1] = leaves[-1].at[(0,) * leaves[-1].ndim].set(jnp.inf)
+                state = state.replace(ema=jax.tree.unflatten(tree, leaves))
+            return state, metrics
+
+        return call
+
+    c, workdir = poisoned.copy_and_resolve_references(), tmp_path / "run"
+    c.checkpoint.every = 4
+    monkeypatch.setattr(loop, "compile_step", spoiling)
+    said = str(run.run(c, str(workdir)))
+    assert said.startswith("error: step 8: parameters or optimiser are not finite any more"), said
+    assert said.endswith("the last checkpoint is step 4") and "\n" not in said
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4"]
+    assert all(np.isfinite(value).all() for value in saved.arrays(workdir, 4).values() if value.dtype.kind == "f")
+
+
+def test_a_step_that_does_not_end_shows_where_everybody_is(
+    poisoned: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c, workdir = poisoned.copy_and_resolve_references(), tmp_path / "run"
+    c.checkpoint.every, c.guard.stall, c.guard.stall_seconds = 12, 5.0, 1.0
+    whole, reads, lock = ArrayRecords.__getitem__, [0], threading.Lock()
+
+    def a_disk_that_does_not_answer() -> None:
+        for _ in range(600):
+            if list((workdir / "stalled").glob("*.txt")):
+                return
+            threading.Event().wait(0.1)
+
+    def read(self: ArrayRecords, index: Any) -> Record:
+        with lock:
+            reads[0] += 1
+            stuck = reads[0] == 70  # of 96: steps before it have a median
+        if stuck:
+            a_disk_that_does_not_answer()
+        return whole(self, index)
+
+    monkeypatch.setattr(ArrayRecords, "__getitem__", read)
+    assert run.run(c, str(workdir)) == 0
+    (file,) = (workdir / "stalled").iterdir()
+    step = int(file.name.split("-")[1])
+    text = file.read_text()
+    assert text.startswith(f"step {step} has taken ") and "where steps take" in text.splitlines()[0]
+    assert 4 <= step <= 10 and file.name == f"step-{step}-00000.txt"
+    # The thread that waits for the disk, and the loop, which waits for the batch.
+    assert "in a_disk_that_does_not_answer" in text and "coca_jax/train/loop.py" in text and " in train" in text
+    assert [line["step"] for line in read_lines(epath.Path(workdir) / "metrics.jsonl") if "loss" in line] == list(
+        range(1, 13)
+    )
+
+
+@pytest.mark.slow
+def test_a_spike_is_left_out_and_the_run_goes_on(tmp_path: pathlib.Path) -> None:
+    """Black pictures with one caption, from which nothing is to be learned, so that gradients are what rounding leaves
+    of them; and a white one with another caption, to which training comes in step 2."""
+    _, tokenizer = pairs.write(tmp_path)
+    packed = []
+    for number in range(48):
+        pixels = np.full((24, 24, 3), 255 * (number == 21), np.uint8)
+        caption = pairs.caption("red", "cross") if number == 21 else pairs.caption("black", "dot")
+        packed.append(records.pack(Record(f"record-{number}", pairs.png(pixels), (caption,)), 24, 24))
+    records.write(tmp_path / "odd.array_record", packed)
+    c = runpy.run_path("tests/tiny_recipe.py")["get_config"]()
+    c.data.train, c.data.tokenizer = f"array_record:{tmp_path}/odd.array_record", str(tokenizer)
+    c.data.update(color_jitter=0.0, rotate=0.0, crop_area=(1.0, 1.0))
+    c.checkpoint.update(every=1, keep=5)
+    c.steps, c.evaluate.captions, c.loss.lambda_cap, c.guard.after = 5, 0, 0.0, 1
+    workdir = tmp_path / "run"
+    assert run.run(c, str(workdir)) == 0
+    lines = [line for line in read_lines(epath.Path(workdir) / "metrics.jsonl") if "loss" in line]
+    assert [line["guard/skipped"] for line in lines] == [0, 1, 1, 1, 1]
+    assert [line["guard/in_a_row"] for line in lines] == [0, 1, 0, 0, 0]
+    (listed,) = read_lines(epath.Path(workdir) / "skipped_steps.jsonl")
+    assert listed["step"] == 2 and "is a spike, above" in listed["reason"]
+    assert listed["gradient_norm"] > 1000 * listed["bound"] > 0
+    ((_, numbers),) = listed["records"].items()
+    assert 21 in numbers and len(numbers) == 8
+    before, after = saved.arrays(workdir, 1), saved.arrays(workdir, 2)
+    changed = {name for name in after if not np.array_equal(before[name], after[name])}
+    # Parameters, moments, moving average and statistics keep their bits; what counts has counted.
+    assert changed == {"['step']", "['guard']['skipped']", "['guard']['in_a_row']"}, changed
+    assert any(
+        not np.array_equal(after[name], value) for name, value in saved.arrays(workdir, 3).items() if "params" in name
+    )

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -22,7 +21,7 @@ from etils import epath
 from coca_jax.train.checkpoint import Checkpoints
 from coca_jax.train.metrics import CLOCKS, read_lines
 from coca_jax.train.stopping import EXIT_STOPPED
-from tests import conftest, pairs
+from tests import conftest, pairs, saved
 
 PHASES = ("start", "compile", "data", "step", "evaluate", "save")
 STEPS = 9
@@ -53,7 +52,7 @@ class Runs:
         self.hit: collections.Counter[str] = collections.Counter()
 
     def start(self, workdir: pathlib.Path, pipe: int) -> subprocess.Popen[bytes]:
-        environment = os.environ | conftest.STRICT
+        environment = os.environ | conftest.STRICT | conftest.BYTECODE
         environment |= {
             "PYTHONPATH": str(conftest.REPOSITORY),
             "COCA_JAX_CACHE": str(self.folder / "cache"),
@@ -139,18 +138,9 @@ def metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
 
 def final_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """Every array of the last checkpoint, by path."""
-    import orbax.checkpoint as ocp
-
     with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.latest()
-    assert step == STEPS
-    folder = epath.Path(workdir) / "checkpoints" / str(step) / "state"
-    handler = ocp.PyTreeCheckpointHandler()
-    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder).tree)
-    restored = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=plain))
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
-    }
+        assert checkpoints.latest() == STEPS
+    return saved.arrays(workdir, STEPS)
 
 
 def place(workdir: pathlib.Path) -> dict[str, object]:
@@ -203,15 +193,23 @@ def test_asked_to_stop_at_every_moment(runs: Runs) -> None:
     check(runs, runs.folder / "asked", [Fault(TERM, phase, 2 if phase == "step" else 1) for phase in PHASES])
 
 
+def drawn(seed: int) -> list[Fault]:
+    """A SIGKILL when something begins, mostly at once; and in every third seed one more signal, at any time."""
+    rng = random.Random(seed)
+    faults = [Fault(KILL, PHASES[seed // 2 % len(PHASES)], rng.randint(1, 3), rng.choice([0.0, 0.0, rng.random()]))]
+    if seed % 3 == 0:
+        faults.append(Fault(rng.choice([KILL, TERM]), "", seconds=rng.uniform(1.0, 12.0)))
+    return faults
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("half", [0, 1])
-def test_twenty_seeds(runs: Runs, half: int) -> None:
-    """Ten of them in each of two tests, which two cores run at a time."""
-    for seed in range(half, 20, 2):
-        rng = random.Random(seed)
-        faults = [Fault(KILL, PHASES[seed // 2 % len(PHASES)], rng.randint(1, 3), rng.choice([0.0, 0.0, rng.random()]))]
-        if seed % 3 == 0:
-            faults.append(Fault(rng.choice([KILL, TERM]), "", seconds=rng.uniform(1.0, 12.0)))
-        check(runs, runs.folder / f"slow-{seed}", faults)
-    print(dict(runs.hit))
-    assert {name.removeprefix("SIGKILL ") for name in runs.hit} >= {"compile", "step", "evaluate", "save in flight"}
+@pytest.mark.parametrize("piece", range(5))
+def test_twenty_seeds(runs: Runs, piece: int) -> None:
+    """Four of them in each of five tests, so that they can be run in pieces: -k 'seeds and 3'."""
+    before = runs.hit.copy()
+    for seed in range(piece, 20, 5):
+        check(runs, runs.folder / f"soak-{seed}", drawn(seed))
+    hit = runs.hit - before
+    print(dict(hit))
+    # A fault may come to nothing where it is drawn for later than the run's end; most must not.
+    assert sum(count for name, count in hit.items() if "save in flight" not in name) >= 4, hit
