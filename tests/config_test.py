@@ -90,6 +90,10 @@ BROKEN: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
         broken(model__logit_bias=-10.0),
         ("config.model.logit_bias=-10.0", "config.loss.contrastive='softmax'", "set it to 0"),
     ),
+    "second moments that Adafactor does not have": (
+        broken(optimizer__name="adafactor", optimizer__second_moment_dtype="bfloat16"),
+        ("config.optimizer.second_moment_dtype='bfloat16'", "adamw and muon", "set it to 'float32'"),
+    ),
     "no prompts": (
         broken(evaluate__zero_shot="emoji:all", evaluate__prompts=()),
         ("config.evaluate.prompts is empty", "config.evaluate.zero_shot='emoji:all'", "('a photo of a {}.',)"),

@@ -153,7 +153,8 @@ class Optimizer:
     freeze: tuple[str, ...] = ()  # patterns of parameter paths that never change: no gradients, no state
     layer_decay: float = 1.0  # learning rate of a layer, as a share of that of the next; 1: off
     ema_decay: float = 0.0  # moving average of the parameters, used by evaluation; 0: off
-    state_dtype: str = "float32"  # float32 | bfloat16: what momentum is stored in; second moments are float32 always
+    state_dtype: str = "float32"  # float32 | bfloat16: what momentum is stored in
+    second_moment_dtype: str = "float32"  # float32 | bfloat16, rounded by chance; AdamW, Muon (Adafactor's are small)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,6 +37,7 @@ CHOICES = {
     "optimizer.name": ("adafactor", "adamw", "muon"),
     "optimizer.schedule": ("linear", "cosine", "constant", "rsqrt"),
     "optimizer.state_dtype": ("float32", "bfloat16"),
+    "optimizer.second_moment_dtype": ("float32", "bfloat16"),
     "data.interpolation": ("bicubic", "pillow-bicubic", "pillow-bilinear"),
 }
 POSITIVE = (
@@ -112,6 +113,11 @@ def check(
         raise ConfigError(
             f"config.model.logit_bias={config.model.logit_bias} does not change config.loss.contrastive='softmax': "
             "set it to 0, or config.loss.contrastive to 'sigmoid'"
+        )
+    if config.optimizer.name == "adafactor" and config.optimizer.second_moment_dtype != "float32":
+        raise ConfigError(
+            f"config.optimizer.second_moment_dtype={config.optimizer.second_moment_dtype!r} is for adamw and muon: "
+            "adafactor keeps rows and columns of it alone; set it to 'float32', or config.optimizer.name"
         )
     for name in ("crop_area", "crop_ratio"):
         low, high = getattr(data, name)

@@ -115,6 +115,8 @@ class Plan:
             found.append(f"--config.mesh.replica={max(1, self.mesh[0] // 2)} --config.mesh.fsdp={2 * self.mesh[1]}")
         if c.optimizer.state_dtype != "bfloat16":
             found.append("--config.optimizer.state_dtype=bfloat16")
+        if c.optimizer.name != "adafactor" and c.optimizer.second_moment_dtype != "bfloat16":
+            found.append("--config.optimizer.second_moment_dtype=bfloat16")
         return [*found, "more chips, or a smaller --config.batch_size"]
 
     def to_json(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from flax import traverse_util
 from coca_jax import config
 from coca_jax.config import ConfigError
 from coca_jax.sharding import parameter_axes, path_of
-from coca_jax.train import frozen
+from coca_jax.train import frozen, rounding
 
 
 def schedule(c: config.Optimizer, steps: int) -> optax.Schedule:
@@ -51,10 +51,10 @@ def of_run(c: config.Config, parameters: Any) -> optax.GradientTransformation:
 def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.GradientTransformation:
     """The whole chain: clip, scale, decay, learning rate; of the parameters that `c.freeze` leaves to train.
 
-    It computes in float32. `c.state_dtype` is what the momentum is stored in (Adafactor's, AdamW's and Muon's alike);
-    second moments are float32 always. bfloat16 takes 2 bytes a parameter less, and rounds the momentum to 8 bits at
-    every step, an error that is forgotten at the rate b1. Zhai et al. 2021 (arXiv 2106.04560) saw no
-    effect of it on training, and much harm from second moments in bfloat16, whose small steps 1 - b2 are rounded away.
+    It computes in float32. `c.state_dtype` is what the momentum is stored in (Adafactor's, AdamW's and Muon's alike).
+    bfloat16 takes 2 bytes a parameter less, and rounds the momentum to 8 bits at every step, an error that is forgotten
+    at the rate b1: Zhai et al. 2021 (arXiv 2106.04560) saw no effect of it on training. `c.second_moment_dtype` saves
+    as much again with AdamW and Muon (rounding.py).
 
     Args:
       c: configuration.
@@ -107,7 +107,8 @@ def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.Gr
     parts.append(optax.scale_by_learning_rate(schedule(c, steps)))
     if c.layer_decay < 1:
         parts.append(scaled(layer_scales(parameters, c.layer_decay)))
-    return in_float32(optax.chain(*parts))
+    whole = optax.chain(*parts)
+    return in_float32(rounding.second_moments_in_bfloat16(whole) if c.second_moment_dtype == "bfloat16" else whole)
 
 
 def layer_scales(parameters: Any, decay: float) -> Any:

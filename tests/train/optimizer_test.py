@@ -12,7 +12,7 @@ import pytest
 from coca_jax import config
 from coca_jax.config import ConfigError
 from coca_jax.sharding import path_of
-from coca_jax.train import frozen, state
+from coca_jax.train import frozen, rounding, state
 from coca_jax.train.optimizer import make_optimizer, matching, matrices, schedule
 from tests import tiny
 
@@ -150,8 +150,9 @@ MOMENTUM = {"adafactor": "ema", "adamw": "mu", "muon": "mu"}
 @pytest.mark.parametrize("name", MOMENTUM)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_momentum_is_stored_as_configured_and_all_else_in_float32(name: str, dtype: str, param_dtype: str) -> None:
-    c = config.Optimizer(name=name, state_dtype=dtype)
+def test_moments_are_stored_as_configured_and_all_else_in_float32(name: str, dtype: str, param_dtype: str) -> None:
+    second = "float32" if name == "adafactor" else dtype
+    c = config.Optimizer(name=name, state_dtype=dtype, second_moment_dtype=second)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), PARAMETERS)
     tx = make_optimizer(c, 10, shapes)
     opt_state = jax.eval_shape(tx.init, shapes)
@@ -166,6 +167,8 @@ def test_momentum_is_stored_as_configured_and_all_else_in_float32(name: str, dty
         if MOMENTUM[name] in parts:
             momentum += leaf.size
             assert leaf.dtype == dtype, path_of(path)
+        elif "nu" in parts:
+            assert leaf.dtype == second, path_of(path)
         elif jnp.issubdtype(leaf.dtype, jnp.floating):
             assert leaf.dtype == jnp.float32, path_of(path)
     assert momentum == state.parameter_count(PARAMETERS)
@@ -197,8 +200,44 @@ def test_bfloat16_momentum_and_parameters_descend_as_float32_does(name: str) -> 
     full = _descend(c, "float32")
     assert full < 0.1
     half = tiny.replace(c, state_dtype="bfloat16")
+    if name != "adafactor":
+        half = tiny.replace(half, second_moment_dtype="bfloat16")
     assert _descend(half, "float32") < 1.1 * full + 0.002
     assert _descend(half, "bfloat16") < 1.2 * full + 0.005
+
+
+def test_second_moments_in_bfloat16_move_as_far_as_in_float32() -> None:
+    """They rise from 1 to 4 in 2,000 updates of a thousandth; rounded to the nearest they would stay at 1."""
+    adam = optax.scale_by_adam(0.9, 0.999)
+    gradients: Any = {"kernel": jnp.full((64, 64), 2.0)}
+
+    def after(tx: optax.GradientTransformation, dtype: str) -> Any:
+        start = optax.tree.zeros_like(gradients)
+        nu = optax.tree.cast(optax.tree.ones_like(gradients), dtype)
+        begun = tx.init(start)._replace(nu=nu)
+        return jax.lax.scan(lambda s, _: (tx.update(gradients, s)[1], None), begun, None, 2000)[0].nu["kernel"]
+
+    half = jax.jit(lambda: after(rounding.second_moments_in_bfloat16(adam), "bfloat16"))()
+    assert half.dtype == jnp.bfloat16
+    exact = 4 - 3 * 0.999**2000
+    # One value's error is about 1e-2 of it (2^-9 a step, 700 of them remembered, over their weight of 1/700): the mean
+    # of 4,096 is 64 times nearer.
+    assert abs(float(half.astype(jnp.float32).mean()) / exact - 1) < 2e-3
+    assert float(jnp.abs(half.astype(jnp.float32) / exact - 1).max()) < 0.1
+
+
+def test_rounding_by_chance_keeps_the_mean_and_what_needs_no_rounding() -> None:
+    x = jnp.asarray([1.0 + 2.0**-9, -3.0e38, 0.0, jnp.inf, -jnp.inf, jnp.nan, 1e-40], jnp.float32)
+    rows = jax.vmap(lambda key: rounding.stochastically_rounded(x, key))(jax.random.split(jax.random.key(0), 4096))
+    values = np.asarray(rows.astype(jnp.float32))
+    assert set(values[:, 0]) == {1.0, 1.0078125}
+    assert (
+        abs(values[:, 0].mean() - float(x[0])) < 4 * 2**-7 / 2 / 64
+    )  # four standard errors of a coin with sides a 128th apart
+    assert (values[:, 2] == 0).all() and np.isposinf(values[:, 3]).all() and np.isneginf(values[:, 4]).all()
+    assert np.isnan(values[:, 5]).all() and (np.abs(values[:, 6]) < 1e-38).all()
+    exact = jnp.asarray([1.5, -2.0, 0.0078125], jnp.float32)
+    assert (rounding.stochastically_rounded(exact, jax.random.key(1)) == exact).all()
 
 
 def test_lower_layers_learn_more_slowly() -> None:
