@@ -57,7 +57,7 @@ def open_worker(options: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     config.check(c, platform=jax.default_backend())
     mesh = sharding.make_mesh((1, 1, 1), [device])
     shapes = states.abstract_parameters(c)
-    optimizer = optimizers.make_optimizer(c.optimizer, c.steps, shapes)
+    optimizer = optimizers.of_run(c, shapes)
     with jax.set_mesh(mesh):
         state = states.real(c, optimizer, mesh)
         batch = batch_of(c)

@@ -41,7 +41,8 @@ class Apply:
           bos_id, eos_id: of the tokenizer, for captions.
         """
         self.mesh = mesh
-        self.has_contrastive, self.has_captioning = c.loss.lambda_con > 0, c.loss.lambda_cap > 0
+        self.has_contrastive, self.has_caption_loss = c.loss.lambda_con > 0, c.loss.lambda_cap > 0
+        self.has_captioning = self.has_caption_loss and c.model.bridge.stage != 1  # the decoder waits for stage two
         self.has_classes = c.loss.lambda_cls > 0
         self._shards = mesh.shape["replica"] * mesh.shape["fsdp"]
         model, pad = CoCa(c.model), c.model.text.pad_id

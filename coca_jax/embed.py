@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
         texts = _lines(_TEXTS.value) if _TEXTS.value else None
         paths = pictures.find(argv[1:]) if texts is None else []
         coca = pretrained.load(_CHECKPOINT.value)
+        if coca.config.model.bridge.stage == 1 and _OUTPUT.value.endswith(".parquet") and texts is None:
+            raise ValueError(f"--output={_OUTPUT.value}: a bridge gives a picture several features: name a .jsonl file")
         settings = {"checkpoint": _CHECKPOINT.value, "step": coca.step, "texts": _TEXTS.value}
         pictures.keep_settings(_OUTPUT.value, settings)
         as_row = (lambda x: x) if _OUTPUT.value.endswith(".parquet") else np.ndarray.tolist

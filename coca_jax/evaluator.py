@@ -89,7 +89,7 @@ class Evaluator:
         functions = suite.Functions(
             encode_image=bind(apply.encode_image, apply.has_contrastive),
             encode_text=bind(apply.encode_text, apply.has_contrastive),
-            caption_loss=bind(apply.caption_loss, apply.has_captioning),
+            caption_loss=bind(apply.caption_loss, apply.has_caption_loss),
             generate=bind(apply.caption, apply.has_captioning),
             log_probs=bind(apply.log_probs, apply.has_captioning),
             classify=bind(apply.classify, apply.has_classes),

@@ -64,7 +64,7 @@ class Pretrained:
         self._apply = Apply(c, mesh, bos_id=ids.bos_id if ids else -1, eos_id=ids.eos_id if ids else -1)
 
     def encode_image(self, images: Any, *, batch_size: int = 64) -> Float[np.ndarray, "b d"]:
-        """Unit-length float32 features of pictures.
+        """Unit-length float32 features of pictures; of a bridge in stage one `[b, q, d]`, the nearest of which counts.
 
         Args:
           images: one or several: paths, encoded bytes, PIL images or uint8 arrays `[h, w, 3]`, of any size.
@@ -101,6 +101,8 @@ class Pretrained:
         Raises:
           ValueError: the model has no such pooler.
         """
+        if self.config.model.bridge.stage:
+            raise ValueError("this model has a bridge in the place of poolers")
         if pooler not in self._apply.attention:
             raise ValueError(f"pooler={pooler!r} must be one of {', '.join(self._apply.attention)}")
         if pooler == "contrastive":
@@ -272,7 +274,9 @@ class Pretrained:
 
     def _needs(self, present: bool, weight: str) -> None:
         if not present:
-            raise ValueError(f"this model was trained with config.loss.{weight}=0 and has no such half")
+            stage_one = self.config.model.bridge.stage == 1 and weight == "lambda_cap"
+            why = "is stage one of a bridge" if stage_one else f"was trained with config.loss.{weight}=0"
+            raise ValueError(f"this model {why} and has no such half")
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -50,10 +50,11 @@ _PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"lm_head/kernel$", ("embed", "vocab")),
     (r"patch_embedding/kernel$", ("patch", "patch", "patch", "embed")),
     (r"(image|text)_projection/kernel$", ("embed", "latent")),
-    (r"^classifier/linear/kernel$", ("embed", "classes")),
+    (r"^(classifier/linear|bridge/matching)/kernel$", ("embed", "classes")),
+    (r"^bridge/projection/kernel$", ("embed", "width")),
     (r"^classifier/frame_embedding$", ("position", "embed")),
     (r"position_embedding$", ("position", "embed")),
-    (r"pooler/query_tokens$", ("position", "embed")),
+    (r"(pooler|bridge)/query_tokens$", ("position", "embed")),
     (r"/(bias|scale|class_token|cls_embedding)$", ("width",)),
     (r"^logit_(scale|bias)$", ()),
 )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import scaling, trace, train_step, turns
+from benchmarks import relatives, scaling, trace, train_step, turns
 from coca_jax import config
 from coca_jax.model import flops
 
@@ -88,6 +88,22 @@ def test_the_second_objective_is_nearly_free() -> None:
         assert both.total <= 1.05 * captioner.total, name
         decoder = both.multimodal + both.softmax + (both.poolers - contrastive.poolers)
         assert both.total == pytest.approx(contrastive.total + decoder, rel=1e-9), name
+
+
+def test_relatives_have_the_same_budget(tmp_path: pathlib.Path) -> None:
+    budget = 1000 * flops.of_step(relatives.recipe("coca"))
+    for row, (_, share, begins) in relatives.ROWS.items():
+        spent = relatives.steps_of(row, 1000) * flops.of_step(relatives.recipe(row))
+        assert spent == pytest.approx(share * budget, rel=0.005), row
+        assert begins in ("", *relatives.ROWS)
+    assert len(relatives.table(tmp_path, 1000)) == 2  # nothing is there: no rows
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "report.html").touch()
+    line = {"step": relatives.steps_of("clip", 1000), "seen/image_to_text/r1": 0.25}
+    (tmp_path / "clip" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert "| 0.250 |" in relatives.table(tmp_path, 1000)[2]
+    with pytest.raises(SystemExit, match="--steps=10 makes"):
+        relatives.table(tmp_path, 10)
 
 
 def test_bytes_sent_as_theory_has_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import runpy
 from typing import Any
@@ -12,6 +13,8 @@ from flax import traverse_util
 
 import coca_jax
 from coca_jax import config, run
+from coca_jax.interop import exported
+from coca_jax.interop.weights import ConversionError
 from coca_jax.model import flops
 from coca_jax.pretrained import read_weights
 from coca_jax.train import state
@@ -20,7 +23,7 @@ from tests import pairs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ALONE = ("clip", "siglip", "captioner")  # those that begin with nothing
-RELATIVES = (*ALONE, "lit")
+RELATIVES = (*ALONE, "lit", "bridge_stage_one", "bridge_stage_two")
 
 
 def recipe(name: str) -> Any:
@@ -62,6 +65,7 @@ def shrunk(name: str, pretrained: pathlib.Path | None, source: str, tokenizer: p
     c.model.image.update(size=16, patch=8, width=16, depth=1, heads=2, mlp_dim=16)
     c.model.text.update(vocab_size=320, length=16, width=16, heads=2, mlp_dim=16)
     c.model.pooler.update(queries=2, heads=2)
+    c.model.bridge.update(width=16, heads=2, mlp_dim=16)
     c.optimizer.name = "adamw"  # Muon takes seconds more to compile
     c.data.train, c.data.tokenizer = source, "" if pretrained else str(tokenizer)
     c.init.checkpoint = str(pretrained or "")
@@ -78,7 +82,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, pathlib.Path]:
 def coca(data: tuple[str, pathlib.Path], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A workdir of the quickstart's recipe."""
     workdir = tmp_path_factory.mktemp("coca")
-    assert run.run(shrunk("quickstart", None, *data), str(workdir)) == 0
+    c = shrunk("quickstart", None, *data)
+    c.evaluate.splits = ()
+    assert run.run(c, str(workdir)) == 0
     return workdir
 
 
@@ -87,8 +93,8 @@ def leaves(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf) for path, leaf in flat.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["siglip", "captioner"])
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ALONE)
 def test_a_relative_trains_is_evaluated_and_loads(
     name: str, data: tuple[str, pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
@@ -104,7 +110,7 @@ def test_a_relative_trains_is_evaluated_and_loads(
         assert loaded.encode_image(pairs.picture("red", "dot")).shape == loaded.encode_text("a red dot").shape == (1, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_lit_keeps_every_bit_of_the_image_tower(
     data: tuple[str, pathlib.Path], coca: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -115,3 +121,34 @@ def test_lit_keeps_every_bit_of_the_image_tower(
     # All else is the text tower, from the seed.
     moved = [p for p in after if p not in locked and p.endswith("kernel")]
     assert moved and not any(np.array_equal(after[path], before[path]) for path in moved)
+
+
+@pytest.mark.slow
+def test_a_bridge_is_trained_in_two_stages_between_frozen_parts(
+    data: tuple[str, pathlib.Path], coca: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    assert run.run(shrunk("relatives/bridge_stage_one", coca, *data), str(tmp_path / "one")) == 0
+    assert run.run(shrunk("relatives/bridge_stage_two", tmp_path / "one", *data), str(tmp_path / "two")) == 0
+    before, one, two = leaves(coca), leaves(tmp_path / "one"), leaves(tmp_path / "two")
+    for after in (one, two):
+        frozen = [p for p in after if p.startswith(("image_encoder/", "text_decoder/"))]
+        assert len(frozen) > 20 and all(after[path].tobytes() == before[path].tobytes() for path in frozen)
+        assert {path for path in after if path not in frozen} >= {p for p in after if p.startswith("bridge/")} > set()
+    # The second stage goes on from the first one's queries, and moves them.
+    learned = json.loads((tmp_path / "two" / "init.json").read_text())
+    loaded = {line["name"] for line in learned["lines"] if line["status"] == "loaded"}
+    assert {"bridge/query_tokens", "bridge/blocks/reading/cross_attention/key/kernel"} <= loaded
+    assert not np.array_equal(one["bridge/query_tokens"], two["bridge/query_tokens"])
+    first, second = (read_lines(tmp_path / name / "metrics.jsonl")[-1] for name in ("one", "two"))
+    for name in ("image_to_text/r1", "text_to_image/r1", "caption_loss"):
+        assert np.isfinite(first[f"shapes/{name}"])
+    assert np.isfinite(second["shapes/caption_loss"]) and "shapes/image_to_text/r1" not in second
+
+    picture = pairs.picture("red", "dot")
+    stage_one, stage_two = coca_jax.load(tmp_path / "one"), coca_jax.load(tmp_path / "two")
+    assert stage_one.encode_image(picture).shape == (1, 32, 8) and stage_one.encode_text("a red dot").shape == (1, 8)
+    with pytest.raises(ValueError, match="stage one of a bridge"):
+        stage_one.caption(picture)
+    assert isinstance(stage_two.caption(picture)[0], str)
+    with pytest.raises(ConversionError, match="has a bridge"):
+        exported.write(read_weights(tmp_path / "two"), tmp_path / "out")

@@ -6,6 +6,7 @@ result and `check` refuses what cannot run, in one line that names the key, the 
 """
 
 from coca_jax.config.keys import (
+    Bridge,
     Checkpoint,
     Config,
     ConfigError,
@@ -29,6 +30,7 @@ from coca_jax.config.rules import REMAT, check, check_model
 
 __all__ = [
     "REMAT",
+    "Bridge",
     "Checkpoint",
     "Config",
     "ConfigError",

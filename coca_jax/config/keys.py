@@ -62,6 +62,23 @@ class TextDecoder:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bridge:
+    """A query transformer in place of the poolers (BLIP-2, arXiv 2301.12597), between parts that are frozen.
+
+    How texts are cut, remat and unrolling are those of `text`.
+    """
+
+    # 0: there is none | 1: it learns to read images, with a text of its own: loss.lambda_con, lambda_cap, lambda_match.
+    # The text decoder is kept for the second stage, frozen, and not computed | 2: the text decoder reads its queries
+    stage: int = 0
+    queries: int = 32
+    width: int = 768
+    depth: int = 12  # layers, an even number: the first, and then every second one, reads the image
+    heads: int = 12  # must divide width
+    mlp_dim: int = 3072
+
+
+@dataclasses.dataclass(frozen=True)
 class Head:
     """A classifier, which is there where loss.lambda_cls is above 0."""
 
@@ -79,6 +96,7 @@ class Model:
     pooler: Pooler = Pooler()
     text: TextDecoder = TextDecoder()
     head: Head = Head()
+    bridge: Bridge = Bridge()
     norm_eps: float = 1e-6  # open_clip: 1e-5
     gelu: str = "tanh"  # tanh | exact (open_clip)
     attention: str = "xla"  # xla | cudnn (NVIDIA GPU, bfloat16) | flash (TPU); decoding with a cache is xla always
@@ -131,6 +149,7 @@ class Loss:
     lambda_con: float = 1.0
     lambda_cap: float = 2.0
     lambda_cls: float = 0.0  # above 0: model.head, and labels in the data
+    lambda_match: float = 0.0  # of model.bridge.stage=1: whether text and image belong together
     label_smoothing: float = 0.0  # of classification: share of the target that all classes have evenly
     contrastive: str = "softmax"  # softmax | sigmoid (SigLIP; set model.logit_bias and model.temperature too)
     contrastive_tile: int = 4096  # rows and columns of the similarities held at a time; 0: all at once

@@ -47,10 +47,12 @@ POSITIVE = (
     *("model.text.vocab_size", "model.text.length", "model.text.width", "model.text.heads"),
     *("model.text.mlp_dim", "model.text.n_uni", "optimizer.peak_lr", "data.prefetch"),
     *("model.head.frames", "lora.alpha", "optimizer.layer_decay"),
+    *("model.bridge.queries", "model.bridge.width", "model.bridge.depth", "model.bridge.heads", "model.bridge.mlp_dim"),
     *("data.eval_crop", "evaluate.batch_size", "checkpoint.every", "checkpoint.keep"),
 )
 NOT_NEGATIVE = (
-    *("init.step", "init.image_size", "model.head.classes", "loss.lambda_cls", "lora.rank"),
+    *("init.step", "init.image_size", "model.head.classes", "loss.lambda_cls", "loss.lambda_match", "lora.rank"),
+    "model.bridge.stage",
     *("model.text.n_multi", "model.text.pad_id", "model.image.scan_unroll", "model.text.scan_unroll"),
     *("loss.lambda_con", "loss.lambda_cap", "loss.contrastive_tile", "loss.caption_chunk"),
     *("optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps"),
@@ -99,6 +101,7 @@ def check(
             "lambda_cls, for a task with classes)"
         )
     _check_head(config)
+    _check_bridge(config)
     if loss.lambda_cap > 0 and config.model.text.n_multi == 0:
         raise ConfigError(
             "config.model.text.n_multi=0 has no decoder for captions, but "
@@ -175,7 +178,8 @@ def check(
                 f"{rows} rows, not divisible by the {shards} shards of the batch; it may be "
                 f"{divisors(config.batch_size // shards)}"
             )
-        for key in ("model.image.heads", "model.text.heads", "model.pooler.heads"):
+        bridge = ("model.bridge.heads",) if config.model.bridge.stage else ()
+        for key in ("model.image.heads", "model.text.heads", "model.pooler.heads", *bridge):
             if get(config, key) % sizes[2]:
                 raise ConfigError(
                     f"config.{key}={get(config, key)} is not divisible by config.mesh.tensor={sizes[2]}, over which "
@@ -217,6 +221,45 @@ def _check_head(config: Config) -> None:
             )
 
 
+def _check_bridge(config: Config) -> None:
+    bridge, loss, stage = config.model.bridge, config.loss, config.model.bridge.stage
+    if stage not in (0, 1, 2):
+        raise ConfigError(f"config.model.bridge.stage={stage}: choose one of 0, 1, 2")
+    if loss.lambda_match > 0 and (stage != 1 or loss.lambda_con == 0):
+        raise ConfigError(
+            f"config.loss.lambda_match={loss.lambda_match} is of config.model.bridge.stage=1 and takes its wrong pairs "
+            "from the contrastive half: set the stage, and config.loss.lambda_con above 0, or lambda_match to 0"
+        )
+    if not stage:
+        return
+    if stage == 2 and (loss.lambda_con > 0 or loss.lambda_cap == 0):
+        raise ConfigError(
+            f"config.model.bridge.stage=2 learns from captions alone, not with config.loss.lambda_con={loss.lambda_con}"
+            f", lambda_cap={loss.lambda_cap}: set lambda_con to 0 and lambda_cap to 1"
+        )
+    if stage == 1 and config.microbatches > 1:
+        raise ConfigError(
+            f"config.microbatches={config.microbatches} and config.model.bridge.stage=1, whose similarities are of the "
+            "whole batch: set it to 1"
+        )
+    if config.model.text.n_multi == 0:
+        raise ConfigError(
+            "config.model.bridge.stage is for a text decoder, and config.model.text.n_multi=0: set it to 1"
+        )
+    for key in ("loss.lambda_cls", "lora.rank"):
+        if value := get(config, key):
+            raise ConfigError(f"config.{key}={value} does not go with config.model.bridge.stage={stage}: set one to 0")
+    if bridge.depth % 2:
+        raise ConfigError(
+            f"config.model.bridge.depth={bridge.depth} must be even, every second layer reads the image: "
+            f"{bridge.depth - 1 or 2} or {bridge.depth + 1}"
+        )
+    if stage == 1 and config.model.attention == "flash":
+        raise ConfigError(
+            "config.model.attention='flash' cannot take the masks of config.model.bridge.stage=1: set it to 'xla'"
+        )
+
+
 def _check_init(init: Init) -> None:
     if init.checkpoint and init.image_encoder:
         raise ConfigError(
@@ -251,6 +294,7 @@ def check_model(model: Model) -> None:
         ("model.image.heads", image.heads, "model.image.width", image.width),
         ("model.text.heads", text.heads, "model.text.width", text.width),
         ("model.pooler.heads", model.pooler.heads, "model.text.width", text.width),
+        *(("model.bridge.heads", b.heads, "model.bridge.width", b.width) for b in (model.bridge,) if b.stage),
     ):
         if width % heads:
             distance = {h: abs(h - heads) for h in all_divisors(width)}

@@ -157,6 +157,7 @@ def _tiles(metrics: Mapping[str, float], splits: Sequence[str]) -> list[dict[str
 
 def _objective(loss: config_lib.Loss) -> str:
     text = f"{loss.lambda_con:g} x contrastive + {loss.lambda_cap:g} x captioning"
+    text += f" + {loss.lambda_match:g} x matching" if loss.lambda_match else ""
     return text + (f" + {loss.lambda_cls:g} x classification" if loss.lambda_cls else "")
 
 

@@ -68,7 +68,7 @@ def ranks(
     """Rank of each query's best right answer, counted from 1.
 
     Args:
-      queries: float `[m, d]`, unit length.
+      queries: float `[m, d]`, unit length; or of either side several vectors a row, `[m, q, d]`, see `scores`.
       candidates: float `[k, d]`, unit length.
       truth: for each query the rows of its right candidates.
       chunk_bytes: memory for scores, bytes.
@@ -78,8 +78,12 @@ def ranks(
       int64 `[m]`; k + 1 where a query has no right answer or its score is not finite.
     """
     queries, candidates = np.asarray(queries, np.float64), np.asarray(candidates, np.float64)
-    if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
+    dims = queries.ndim, candidates.ndim
+    if dims not in ((2, 2), (3, 2), (2, 3)) or queries.shape[-1] != candidates.shape[-1]:
         raise ValueError(f"features of shapes {queries.shape} and {candidates.shape} are not [m, d] and [k, d]")
+    if sum(dims) > 4:
+        chunk_bytes //= (queries if dims[0] == 3 else candidates).shape[1]
+        return _ranks(lambda a, b: scores(queries[a:b], candidates), truth, len(queries), len(candidates), chunk_bytes)
     finite = len(queries) and len(candidates) and np.isfinite(queries).all() and np.isfinite(candidates).all()
     if compare is not None and finite:
         return _compared(compare, queries, candidates, truth, chunk_bytes)
@@ -94,8 +98,16 @@ def ranks_of(scores: np.ndarray, truth: Truth) -> np.ndarray:
 
 def top(queries: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
     """Rows of the best candidates of each query, best first: int64 `[m, min(count, k)]`. For a handful of queries."""
-    scores = np.asarray(queries, np.float64) @ np.asarray(candidates, np.float64).T
-    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    found = scores(np.asarray(queries, np.float64), np.asarray(candidates, np.float64))
+    return np.argsort(-found, axis=1, kind="stable")[:, :count]
+
+
+def scores(queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Scalar products `[m, k]`; where a row of one side has several vectors, `[m, q, d]`, that of the nearest."""
+    if candidates.ndim == 3:
+        return scores(candidates, queries).T
+    products: np.ndarray = queries @ candidates.T
+    return products.max(axis=1) if queries.ndim == 3 else products
 
 
 def recall(

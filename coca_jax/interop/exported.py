@@ -46,7 +46,7 @@ def write(weights: Weights, folder: epath.PathLike, *, overwrite: bool = False) 
     Raises:
       ConversionError: there is something, it cannot be written, or the parameters are not the configuration's.
     """
-    weights.without_classifier("an exported directory")
+    weights.only_coca("an exported directory")
     c = weights.config
     flat = traverse_util.flatten_dict(weights.params, sep="/")
     check_parameters("the parameters do not fit the configuration", flat, c)
@@ -109,7 +109,9 @@ def read(folder: epath.PathLike) -> Weights:
 
 def _written_keys() -> list[str]:
     keys = traverse_util.flatten_dict(dataclasses.asdict(config.Model()), sep=".")
-    return [key for key in keys if key not in HOW and not key.startswith("head.")]  # a reader is free in HOW
+    return [
+        key for key in keys if key not in HOW and not key.startswith(("head.", "bridge."))
+    ]  # a reader is free in HOW
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ HOW = (*("attention", "image.remat", "image.scan_unroll", "pooler.remat", "text.
 PICTURES = ("mean", "std", "background", "eval_crop", "interpolation")  # keys of config.Data that a model expects
 _NEAR = 1e-3  # of mean and std, of values in 0..1: a quarter of one of the 255 levels of a picture
 # Other sizes than these can be fitted, and the precision and what training begins with may be another.
-_FREE = (*HOW, *("dtype", "param_dtype", "temperature", "logit_bias", "image.size", "text.length"))
+_FREE = (*HOW, "bridge.stage", *("dtype", "param_dtype", "temperature", "logit_bias", "image.size", "text.length"))
 # Keys -> the parameters of which they are: where all of those are drawn from the seed, they may be anything.
 _OWNERS = {
     "image.": "image_encoder/",
@@ -30,16 +30,17 @@ _OWNERS = {
     "text.": "text_decoder/",
     "embed_dim": r"\w+_projection/",
     "head.": "classifier/",
+    "bridge.": "bridge/",
 }
 
 
 def adopt(c: config.Config, model: config.Model, data: config.Data) -> config.Config:
-    """The configuration with a checkpoint's model (its head apart) and how pictures are read: `init.model=checkpoint`.
+    """The configuration with a checkpoint's model (its head and bridge apart) and pictures: `init.model=checkpoint`.
 
     Raises:
       ConfigError: init.image_size is no multiple of the patch.
     """
-    for key in (*HOW, "head"):
+    for key in (*HOW, "head", "bridge"):
         model = _with(model, key, config.get(c, f"model.{key}"))
     if c.init.image_size:
         model = _with(model, "image.size", c.init.image_size)

@@ -58,7 +58,7 @@ def write(weights: Weights, folder: epath.PathLike, *, overwrite: bool = False) 
       ConversionError: jax2onnx is not installed, there is something, it cannot be written, or the parameters are not
         the configuration's.
     """
-    weights.without_classifier("a directory of functions")
+    weights.only_coca("a directory of functions")
     try:
         import jax2onnx  # noqa: F401  (needed by `graph`)
         import onnx

@@ -56,7 +56,7 @@ def write(
       ConversionError: there is something, it cannot be written, the parameters are not the configuration's, or a
         platform is not known.
     """
-    weights.without_classifier("a directory of functions")
+    weights.only_coca("a directory of functions")
     if not platforms or not set(platforms) <= _KNOWN:
         raise ConversionError(f"platforms={list(platforms)}: give one or more of {', '.join(sorted(_KNOWN))}")
     flat = functions.flat_parameters(weights)

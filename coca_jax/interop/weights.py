@@ -46,8 +46,12 @@ class Weights:
     def has_captioning(self) -> bool:
         return self.config.loss.lambda_cap > 0
 
-    def without_classifier(self, where: str) -> None:
-        """Raises ConversionError where the model has a classifier, for which `where` has no place."""
+    def only_coca(self, where: str) -> None:
+        """Raises ConversionError where the model has a classifier or a bridge, for which `where` has no place."""
+        if self.config.model.bridge.stage:
+            raise ConversionError(
+                f"this model has a bridge, for which {where} has no place: keep the workdir, which coca_jax.load opens"
+            )
         if self.config.loss.lambda_cls > 0:
             raise ConversionError(
                 f"this model has a classifier of {len(self.labels)} classes, for which {where} has no place: keep the "

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from coca_jax import config
 from coca_jax.losses.classes import classification
-from coca_jax.losses.pairs import Metrics, contrastive
+from coca_jax.losses.pairs import Metrics, contrastive, of_similarities
 from coca_jax.losses.tokens import captioning, targets, token_losses
 from coca_jax.model.coca import Output
 
@@ -29,6 +29,8 @@ def total(
 ) -> tuple[Float[Array, ""], Metrics]:
     """`lambda_con * contrastive + lambda_cap * captioning` (CoCa equation 4), `+ lambda_cls * classification`.
 
+    In stage one of a bridge, whose similarities are its own, `+ lambda_match * matching`.
+
     Args:
       output: of CoCa.forward with the parts whose weight is not 0.
       head: the output softmax's kernel; may be None where lambda_cap is 0.
@@ -43,16 +45,14 @@ def total(
     value = jnp.zeros((), jnp.float32)
     metrics: Metrics = {}
     if loss.lambda_con:
-        assert output.image_features is not None and output.text_features is not None
         assert output.logit_scale is not None
-        part, metrics = contrastive(
-            output.image_features,
-            output.text_features,
-            output.logit_scale,
-            output.logit_bias,
-            kind=loss.contrastive,
-            tile=loss.contrastive_tile,
-        )
+        scale, bias = output.logit_scale, output.logit_bias
+        if output.similarities is not None:
+            part, metrics = of_similarities(output.similarities, scale, bias, kind=loss.contrastive)
+        else:
+            image, text = output.image_features, output.text_features
+            assert image is not None and text is not None
+            part, metrics = contrastive(image, text, scale, bias, kind=loss.contrastive, tile=loss.contrastive_tile)
         value = value + loss.lambda_con * part
         metrics |= {"loss/contrastive": part, "logit_scale": output.logit_scale}
         if output.logit_bias is not None:
@@ -66,4 +66,9 @@ def total(
         assert output.class_logits is not None and labels is not None
         part, of_classes = classification(output.class_logits, labels, smoothing=loss.label_smoothing)
         value, metrics = value + loss.lambda_cls * part, metrics | of_classes
+    if loss.lambda_match:
+        assert output.match_logits is not None and output.matches is not None
+        part, found = classification(output.match_logits, output.matches)
+        value = value + loss.lambda_match * part
+        metrics |= {"loss/matching": part, "accuracy/matching": found["accuracy"]}
     return value, metrics | {"loss": value}

@@ -15,6 +15,7 @@ from coca_jax.losses.tiles import pair_losses, similarities, tiled
 from coca_jax.sharding import shard
 
 Metrics = dict[str, Any]
+_ACCURACIES = ("accuracy/image_to_text", "accuracy/text_to_image")
 
 
 def contrastive(
@@ -46,25 +47,28 @@ def contrastive(
     Raises:
       ValueError: in tiles, where the mesh does not divide b.
     """
+    if tile <= 0 or tile >= len(image_features):
+        return of_similarities(similarities(image_features, text_features), logit_scale, logit_bias, kind=kind)
     bias = jnp.zeros((), jnp.float32) if logit_bias is None else logit_bias
-    whole = tile <= 0 or tile >= len(image_features)
-    loss, image_to_text, text_to_image = (
-        _at_once(kind, image_features, text_features, logit_scale, bias)
-        if whole
-        else tiled(kind, tile, image_features, text_features, logit_scale, bias)
-    )
-    return loss, {"accuracy/image_to_text": image_to_text, "accuracy/text_to_image": text_to_image}
+    loss, *accuracies = tiled(kind, tile, image_features, text_features, logit_scale, bias)
+    return loss, dict(zip(_ACCURACIES, accuracies, strict=True))
 
 
-def _at_once(
-    kind: str,
-    image_features: Float[Array, "b e"],
-    text_features: Float[Array, "b e"],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """The plain formulas: what small batches use, and what the tiles are tested against."""
-    logits = shard(similarities(image_features, text_features) * scale + bias, "batch", None)
+def of_similarities(
+    similarities: Float[Array, "b b"],
+    logit_scale: Float[Array, ""],
+    logit_bias: Float[Array, ""] | None = None,
+    *,
+    kind: str = "softmax",
+) -> tuple[Float[Array, ""], Metrics]:
+    """`contrastive` all at once: the plain formulas, which small batches use and the tiles are tested against.
+
+    Args:
+      similarities: float32, images by texts of the global batch.
+      logit_scale, logit_bias, kind: as there.
+    """
+    bias = jnp.zeros((), jnp.float32) if logit_bias is None else logit_bias
+    logits = shard(similarities * logit_scale + bias, "batch", None)
     partners = jnp.eye(len(logits), dtype=bool)
     # Not jnp.diagonal, a gather, for which a mesh would move logits.
     own = jnp.sum(jnp.where(partners, logits, 0), axis=1)
@@ -75,5 +79,4 @@ def _at_once(
     else:
         loss = jnp.sum(pair_losses(logits, partners)) / len(logits)
     fixed, own = jax.lax.stop_gradient((logits, own))
-    of_rows, of_columns = (jnp.mean(own >= jnp.max(fixed, axis)) for axis in (1, 0))
-    return loss, of_rows, of_columns
+    return loss, {name: jnp.mean(own >= jnp.max(fixed, axis)) for name, axis in zip(_ACCURACIES, (1, 0), strict=True)}

@@ -10,15 +10,18 @@ import math
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from coca_jax import config
 from coca_jax.model import layers
+from coca_jax.model.bridge import Bridge, hard_pairs, similarities
 from coca_jax.model.heads import Classifier, last_text_token
 from coca_jax.model.image_encoder import ImageEncoder
 from coca_jax.model.poolers import Pooler
 from coca_jax.model.text_decoder import DecoderCache, TextDecoder
+from coca_jax.sharding import shard
 
 MAX_LOG_SCALE = math.log(100.0)  # the logit scale is kept in [1, 100] (Radford et al. 2021, section 2.5)
 
@@ -34,17 +37,23 @@ class Output:
       hidden: `[b, t, d]` the multimodal half's output; `hidden @ head` is the logits.
       logits: `[b, t, v]` float32; position i predicts token i + 1.
       class_logits: `[b, c]` float32, of model.head.
+      similarities: `[b, b]` float32, of a bridge in stage one, whose image features are `[b, q, e]`: a text's with the
+        nearest of an image's queries.
+      match_logits: `[3b, 2]` float32, and matches: `[3b]` whether these pairs belong together (`bridge.hard_pairs`).
       logit_scale: float32 scalar, exp of the parameter: the contrastive logits are
         `logit_scale * image @ text (+ logit_bias)`.
       logit_bias: float32 scalar, the parameter; None where model.logit_bias is 0.
     """
 
-    image_features: Float[Array, "b e"] | None = None
+    image_features: Float[Array, "b *q e"] | None = None
     text_features: Float[Array, "b e"] | None = None
     image_tokens: Float[Array, "b q d"] | None = None
     hidden: Float[Array, "b t d"] | None = None
     logits: Float[Array, "b t v"] | None = None
     class_logits: Float[Array, "b c"] | None = None
+    similarities: Float[Array, "b b"] | None = None
+    match_logits: Float[Array, "3b 2"] | None = None
+    matches: Int[Array, " 3b"] | None = None
     logit_scale: Float[Array, ""] | None = None
     logit_bias: Float[Array, ""] | None = None
 
@@ -55,10 +64,10 @@ class Projection(nn.Module):
     model: config.Model
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
+    def __call__(self, x: Float[Array, "b *q d"]) -> Float[Array, "b *q e"]:
         shape = (x.shape[-1], self.model.embed_dim)
         kernel = self.param("kernel", layers.kernel_init((0,), (1,)), shape, jnp.dtype(self.model.param_dtype))
-        y = jnp.einsum("bd,de->be", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = jnp.einsum("...d,de->...e", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
         # The bound keeps the gradient of a zero vector finite.
         return y / jnp.sqrt(jnp.maximum(jnp.sum(y * y, axis=-1, keepdims=True), 1e-24))
 
@@ -82,6 +91,8 @@ class CoCa(nn.Module):
         self.text_decoder = TextDecoder(c)
         self.text_projection = Projection(c)
         self.classifier = Classifier(c)
+        if c.bridge.stage:
+            self.bridge = Bridge(c)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(c.temperature)), ())
         self.logit_bias = self.param("logit_bias", nn.initializers.constant(c.logit_bias), ()) if c.logit_bias else None
 
@@ -105,6 +116,8 @@ class CoCa(nn.Module):
         contrastive: bool = True,
         captioning: bool = True,
         classes: bool = False,
+        matching: bool = False,
+        key: Key[Array, ""] | None = None,
     ) -> Output:
         """The training pass: hidden states instead of logits, and only the parts asked for.
 
@@ -117,8 +130,13 @@ class CoCa(nn.Module):
           images: normalised; with frames `[b, f, size, size, 3]`, whose tokens the poolers read together.
           tokens: ids `[b, t]`.
           contrastive, captioning, classes: what is computed.
+          matching: of a bridge in stage one: whether texts and images belong together.
+          key: draws matching's wrong pairs.
         """
         patch_tokens = self._patch_tokens(images)
+        if self.config.bridge.stage == 1:
+            assert not classes
+            return self._stage_one(patch_tokens, tokens, contrastive, captioning, key if matching else None)
         reads = self.config.head.reads if classes else ""
         image_tokens, pooled = self._pool(
             patch_tokens, contrastive or reads == "contrastive", captioning or reads == "decoder"
@@ -153,6 +171,43 @@ class CoCa(nn.Module):
             output = dataclasses.replace(output, class_logits=self.classifier(pooled))
         return output
 
+    def _stage_one(
+        self,
+        patch_tokens: Float[Array, "b n d"],
+        tokens: Int[Array, "b t"],
+        contrastive: bool,
+        captioning: bool,
+        matching: Key[Array, ""] | None,
+    ) -> Output:
+        queries, cls, hidden = self.bridge.read(patch_tokens, tokens, contrastive=contrastive, captioning=captioning)
+        output = Output(hidden=hidden)
+        if not contrastive:
+            return output
+        assert cls is not None
+        image, text, scale = self.image_projection(queries), self.text_projection(cls), jnp.exp(self.logit_scale)
+        alike = similarities(image, text)
+        output = dataclasses.replace(
+            output,
+            image_features=image,
+            text_features=text,
+            similarities=alike,
+            logit_scale=scale,
+            logit_bias=self.logit_bias,
+        )
+        if matching is None:
+            return output
+        rows, texts, matches = hard_pairs(jax.lax.stop_gradient(alike * scale), tokens, matching)
+        image_tokens = shard(patch_tokens[rows], "batch", None, "width")
+        match_logits = self.bridge.match(image_tokens, shard(tokens[texts], "batch", None))
+        return dataclasses.replace(output, match_logits=match_logits, matches=matches)
+
+    def second_stage(self, tokens: Int[Array, "b t"]) -> Array:
+        """The text decoder alone: called for its parameters, which stage one keeps for stage two."""
+        c = self.config
+        image_tokens = jnp.zeros((len(tokens), c.bridge.queries, c.text.width), jnp.dtype(c.dtype))
+        hidden = self.text_decoder.decode(self.text_decoder.encode(tokens, cls=False)[0], image_tokens)
+        return self.text_decoder.logits(hidden)
+
     def classify(self, images: Float[Array, "b *f y x 3"], tokens: Int[Array, "b t"]) -> Float[Array, "b c"]:
         """float32 logits of model.head's classes; `tokens` are the questions where it reads the decoder."""
         logits = self.forward(images, tokens, contrastive=False, captioning=False, classes=True).class_logits
@@ -163,6 +218,8 @@ class CoCa(nn.Module):
         self, images: Float[Array, "b y x 3"], *, contrastive: bool = True, captioning: bool = True
     ) -> Output:
         """`image_features` and `image_tokens` of normalised images."""
+        if self.config.bridge.stage == 1:
+            return Output(image_features=self.image_projection(self.bridge.queries(self._patch_tokens(images))))
         image_tokens, pooled = self._pool(self._patch_tokens(images), contrastive, captioning)
         output = Output(image_tokens=image_tokens)
         if contrastive:
@@ -192,13 +249,13 @@ class CoCa(nn.Module):
 
     def encode_text(self, tokens: Int[Array, "b t"]) -> Output:
         """`text_features` of token ids."""
-        cls = self.text_decoder.encode(tokens)[1]
+        cls = self.bridge.text(tokens) if self.config.bridge.stage == 1 else self.text_decoder.encode(tokens)[1]
         assert cls is not None
         return Output(text_features=self.text_projection(cls))
 
     def head(self) -> Float[Array, "d v"]:
         """Kernel of the output softmax."""
-        return self.text_decoder.head()
+        return self.bridge.head() if self.config.bridge.stage == 1 else self.text_decoder.head()
 
     def prefill(
         self, tokens: Int[Array, "b s"], image_tokens: Float[Array, "b q d"], length: int
@@ -225,6 +282,8 @@ class CoCa(nn.Module):
         """What the decoder reads, and what the contrastive feature is projected from."""
         kind = self.config.pooler.kind
         image_tokens = pooled = None
+        if self.config.bridge.stage:
+            return self.bridge.image_tokens(patch_tokens), None
         if captioning or kind != "parallel":
             image_tokens = self.generative_pooler(patch_tokens)
         if kind == "single":

@@ -27,6 +27,7 @@ class Flops:
     softmax: float  # over the vocabulary
     contrastive: float  # the projections, and the similarities with the whole batch
     classifier: float = 0.0  # model.head, its pooler included
+    bridge: float = 0.0  # model.bridge; in stage one for the text as well, with matching for three pairs
 
     @property
     def total(self) -> float:
@@ -41,6 +42,7 @@ def forward(
     contrastive: bool = True,
     captioning: bool = True,
     classes: bool = False,
+    matching: bool = False,
 ) -> Flops:
     """Operations of the forward pass of one image-text pair; of a clip with model.head.frames.
 
@@ -48,7 +50,7 @@ def forward(
       model: sizes.
       batch_size: of the whole job: each text is compared with that many images. 0 leaves the similarities out.
       length: t, tokens of a caption without [CLS]; None for `text.length`.
-      contrastive, captioning, classes: the parts that are computed, as CoCa.forward has them.
+      contrastive, captioning, classes, matching: the parts that are computed, as CoCa.forward has them.
     """
     image, pooler, text = model.image, model.pooler, model.text
     d, t = text.width, text.length if length is None else length
@@ -60,6 +62,9 @@ def forward(
     reads = model.head.reads if classes else ""
     decodes = captioning or reads == "decoder"
 
+    if model.bridge.stage:
+        parts: dict[str, bool] = {"contrastive": contrastive, "captioning": captioning, "matching": matching}
+        return _with_bridge(model, encoder, n, t, batch_size, **parts)
     poolers = 0.0
     if decodes or pooler.kind != "parallel":
         poolers += _attention(pooler.queries, n, d, image.width)
@@ -73,15 +78,49 @@ def forward(
     unimodal = text.n_uni * (_attention(s, s, d, d) + _mlp(s, d, text.mlp_dim)) if contrastive or decodes else 0.0
     multimodal = softmax = similarities = classifier = 0.0
     if decodes:
-        q = pooler.queries - (pooler.kind == "single")
-        layer = _attention(t, t, d, d) + _attention(t, q, d, d) + (1 + text.cross_mlp) * _mlp(t, d, text.mlp_dim)
-        multimodal = text.n_multi * layer
+        multimodal = _multimodal(text, t, pooler.queries - (pooler.kind == "single"))
         softmax = 2.0 * t * d * text.vocab_size if captioning else 0.0
     if contrastive:
         similarities = 2.0 * 2 * d * model.embed_dim + 2.0 * batch_size * model.embed_dim
     if classes:
         classifier = 2.0 * d * model.head.classes + (_attention(1, n, d, image.width) if reads == "pooler" else 0.0)
     return Flops(encoder, poolers, unimodal, multimodal, softmax, similarities, classifier)
+
+
+def _multimodal(text: config.TextDecoder, t: int, q: int) -> float:
+    d = text.width
+    layer = _attention(t, t, d, d) + _attention(t, q, d, d) + (1 + text.cross_mlp) * _mlp(t, d, text.mlp_dim)
+    return text.n_multi * layer
+
+
+def _with_bridge(
+    model: config.Model,
+    encoder: float,
+    n: int,
+    t: int,
+    batch_size: int,
+    *,
+    contrastive: bool,
+    captioning: bool,
+    matching: bool,
+) -> Flops:
+    c, text = model.bridge, model.text
+
+    def stack(s: int) -> float:
+        """The queries and s tokens of text: all of them through self-attention and an MLP, the queries to the image."""
+        layer = _attention(c.queries + s, c.queries + s, c.width, c.width) + _mlp(c.queries + s, c.width, c.mlp_dim)
+        return c.depth * layer + c.depth / 2 * _attention(c.queries, n, c.width, model.image.width)
+
+    if c.stage == 2:
+        bridge = stack(0) + 2.0 * c.queries * c.width * text.width
+        unimodal = text.n_uni * (_attention(t, t, text.width, text.width) + _mlp(t, text.width, text.mlp_dim))
+        softmax = 2.0 * t * text.width * text.vocab_size
+        return Flops(encoder, 0.0, unimodal, _multimodal(text, t, c.queries), softmax, 0.0, bridge=bridge)
+    bridge = stack(t * (contrastive + captioning)) + matching * 3 * (stack(t) + 2.0 * c.width * 2)
+    softmax = captioning * 2.0 * t * c.width * text.vocab_size
+    projections = 2.0 * (c.queries + 1) * c.width * model.embed_dim
+    similarities = contrastive * (projections + 2.0 * batch_size * c.queries * model.embed_dim)
+    return Flops(encoder, 0.0, 0.0, 0.0, softmax, similarities, bridge=bridge)
 
 
 def _attention(s: int, m: int, width: int, kv_width: int) -> float:
@@ -104,6 +143,7 @@ def of_step(c: config.Config) -> float:
         "contrastive": c.loss.lambda_con > 0,
         "captioning": c.loss.lambda_cap > 0,
         "classes": c.loss.lambda_cls > 0,
+        "matching": c.loss.lambda_match > 0,
     }
     parts = forward(c.model, batch_size=c.batch_size, **wanted)
 
@@ -120,11 +160,14 @@ def of_step(c: config.Config) -> float:
         return 1.0 + trained + behind, behind
 
     image, image_behind = passes("image_encoder/blocks/mlp/up/kernel", after=False)
-    pooler, pooled_behind = passes("generative_pooler/attention/out/kernel", after=image_behind)
+    between = "bridge/blocks/reading/attention/out" if c.model.bridge.stage else "generative_pooler/attention/out"
+    pooler, pooled_behind = passes(f"{between}/kernel", after=image_behind)
     unimodal, text_behind = passes("text_decoder/unimodal/blocks/mlp/up/kernel", after=False)
     multimodal, behind = passes("text_decoder/multimodal/blocks/mlp/up/kernel", after=pooled_behind or text_behind)
     softmax, _ = passes("text_decoder/lm_head/kernel", after=behind)
     contrastive, _ = passes("image_projection/kernel", after=pooled_behind or text_behind)
-    total = image * parts.image_encoder + pooler * parts.poolers + unimodal * parts.unimodal
+    if c.model.bridge.stage == 1:  # its softmax is its token embedding
+        softmax, _ = passes("bridge/token_embedding/embedding", after=pooled_behind)
+    total = image * parts.image_encoder + pooler * (parts.poolers + parts.bridge) + unimodal * parts.unimodal
     total += multimodal * parts.multimodal + softmax * parts.softmax + contrastive * parts.contrastive
     return c.batch_size * (total + (2.0 + (image_behind or behind)) * parts.classifier)

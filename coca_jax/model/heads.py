@@ -30,7 +30,7 @@ class Classifier(nn.Module):
                 self.frame_embedding = self.param(
                     "frame_embedding", nn.initializers.zeros, shape, jnp.dtype(self.model.param_dtype)
                 )
-        self.linear = Linear(self.model)
+        self.linear = Linear(self.model, c.classes)
 
     def pool(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
         """What the pooler reads of the tokens of a picture, or of all frames of a clip, one frame after another."""
@@ -51,12 +51,13 @@ class Linear(nn.Module):
     """`x @ kernel + bias` in float32, both zero at first: every class begins as likely."""
 
     model: config.Model
+    classes: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b c"]:
-        c, dtype = self.model.head, jnp.dtype(self.model.param_dtype)
-        kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], c.classes), dtype)
-        bias = self.param("bias", nn.initializers.zeros, (c.classes,), dtype)
+        dtype = jnp.dtype(self.model.param_dtype)
+        kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.classes), dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.classes,), dtype)
         logits = jnp.einsum("bd,dc->bc", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
         return shard(logits + bias.astype(jnp.float32)[None], "batch", None)
 

@@ -57,12 +57,9 @@ class TextDecoder(nn.Module):
                 self.lm_head = LanguageModelHead(self.model)
 
     def embed(self, tokens: Int[Array, "b t"], index: Int[Array, ""] | int = 0) -> Float[Array, "b t d"]:
-        dtype = jnp.dtype(self.model.dtype)
-        # A device has some columns of the table, which is longer than its texts: better to move ids and rows than to
-        # gather the table. Each looks up its columns for all of its replica, then columns are exchanged for texts.
-        x = shard(self.token_embedding(shard(tokens, "replicas", None)), "replicas", None, "embed")
+        x = look_up(self.token_embedding, tokens)
         position = jax.lax.dynamic_slice_in_dim(self.position_embedding, index, tokens.shape[1])
-        return shard(x + position.astype(dtype)[None], "batch", None, "width")
+        return shard(x + position.astype(x.dtype)[None], "batch", None, "width")
 
     def encode(
         self, tokens: Int[Array, "b t"], *, cls: bool = True
@@ -192,6 +189,15 @@ class LanguageModelHead(nn.Module):
         c = self.model.text
         init = nn.initializers.normal(c.width**-0.5)
         return self.param("kernel", init, (c.width, c.vocab_size), jnp.dtype(self.model.param_dtype))
+
+
+def look_up(table: nn.Embed, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """The tokens' rows of an embedding.
+
+    A device has some columns of the table, which is longer than its texts: better to move ids and rows than to gather
+    the table. Each looks up its columns for all of its replica, then columns are exchanged for texts.
+    """
+    return shard(table(shard(tokens, "replicas", None)), "replicas", None, "embed")
 
 
 def output_logits(hidden: Float[Array, "b t d"], head: Float[Array, "d v"]) -> Float[Array, "b t v"]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Key, Shaped
 
 from coca_jax import config, losses
 from coca_jax.data.images import normalize
@@ -39,11 +39,24 @@ Metrics = dict[str, jax.Array]
 def parts(c: config.Config) -> dict[str, bool]:
     """What of the model is computed and exists: the parts whose loss has a weight."""
     loss = c.loss
-    return {"contrastive": loss.lambda_con > 0, "captioning": loss.lambda_cap > 0, "classes": loss.lambda_cls > 0}
+    return {
+        "contrastive": loss.lambda_con > 0,
+        "captioning": loss.lambda_cap > 0,
+        "classes": loss.lambda_cls > 0,
+        "matching": loss.lambda_match > 0,
+    }
 
 
 def forward(
-    c: config.Config, params: Parameters, batch: Batch, *, contrastive: bool, captioning: bool, classes: bool
+    c: config.Config,
+    params: Parameters,
+    batch: Batch,
+    *,
+    contrastive: bool,
+    captioning: bool,
+    classes: bool,
+    matching: bool = False,
+    key: Key[Array, ""] | None = None,
 ) -> tuple[Output, jax.Array | None]:
     """The model's training pass over a batch as it comes from the data.
 
@@ -51,7 +64,8 @@ def forward(
       c: configuration.
       params: of the model.
       batch: `images` uint8 `[b, size, size, 3]` (with frames `[b, f, size, size, 3]`), `tokens` int32 `[b, t]`.
-      contrastive, captioning, classes: the parts that are computed.
+      contrastive, captioning, classes, matching: the parts that are computed.
+      key: of what matching draws.
 
     Returns:
       CoCa.forward's output, and with captioning the output softmax's kernel `[d, v]`, else None.
@@ -60,6 +74,8 @@ def forward(
     images = normalize(batch["images"], c.data.mean, c.data.std)
     images = shard(images, "batch", *(None,) * (images.ndim - 1))
     wanted: Any = {"contrastive": contrastive, "captioning": captioning, "classes": classes}
+    if matching:
+        wanted |= {"matching": True, "key": key}
     output: Any = model.apply(variables, images, batch["tokens"], **wanted, method="forward")
     head: Any = model.apply(variables, method="head") if captioning else None
     return output, head
@@ -83,7 +99,7 @@ def accumulated_gradients(
       `losses.total`.
     """
     weights, pad_id, count = c.loss, c.model.text.pad_id, c.microbatches
-    wanted = parts(c)
+    wanted: Any = parts(c)
     cut = {name: split(x, count) for name, x in batch.items()}
     metrics: Metrics = {"loss": jnp.zeros((), jnp.float32)}
 
@@ -98,7 +114,7 @@ def accumulated_gradients(
     numbers = jnp.arange(count)
     slopes = None  # of the contrastive loss with respect to the features, the logit scale and whatever else it reads
     if wanted["contrastive"]:
-        alone = {"contrastive": True, "captioning": False, "classes": False}
+        alone: Any = {"contrastive": True, "captioning": False, "classes": False}
 
         def embed(_: None, at: jax.Array) -> tuple[None, Output]:
             with jax.named_scope("microbatch_embed"):

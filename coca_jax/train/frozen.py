@@ -17,8 +17,13 @@ Tree = dict[str, Any]
 
 
 def patterns(c: config.Config) -> tuple[str, ...]:
-    """What is frozen: `optimizer.freeze`; with low-rank updates, all but these and the classifier."""
-    return (*c.optimizer.freeze, *((r"(?!lora/|classifier/).*",) if c.lora.rank else ()))
+    """What is frozen: `optimizer.freeze`; with low-rank updates, all but these and the classifier.
+
+    With a bridge in stage one, also the text decoder, which waits for stage two.
+    """
+    low_rank = (r"(?!lora/|classifier/).*",) if c.lora.rank else ()
+    later = ("text_decoder/.*",) if c.model.bridge.stage == 1 else ()
+    return (*c.optimizer.freeze, *low_rank, *later)
 
 
 def split(params: Tree, patterns: Sequence[str]) -> tuple[Tree, Tree]:

@@ -72,10 +72,13 @@ def init_parameters(c: config.Config, rng: Key[Array, ""], images: Any = None, t
 
     def everything(model: CoCa, images: Any, tokens: Any) -> Any:
         loss, captioning = c.loss, c.loss.lambda_cap > 0
+        more: Any = {"matching": True, "key": jax.random.key(0)} if loss.lambda_match > 0 else {}
         output = model.forward(
-            images, tokens, contrastive=loss.lambda_con > 0, captioning=captioning, classes=loss.lambda_cls > 0
+            *(images, tokens),
+            **{"contrastive": loss.lambda_con > 0, "captioning": captioning, "classes": loss.lambda_cls > 0, **more},
         )
-        return output, model.head() if captioning else None
+        later = model.second_stage(tokens) if c.model.bridge.stage == 1 else None
+        return output, model.head() if captioning else None, later
 
     params = CoCa(c.model).init(rng, images, tokens, method=everything)["params"]
     return lora.with_updates(c.lora, params, jax.random.fold_in(rng, 1))

@@ -21,20 +21,25 @@ from coca_jax.train.optimizer import schedule
 from coca_jax.train.state import Parameters, TrainState
 
 
-def loss_function(c: config.Config, params: Parameters, batch: Batch) -> tuple[jax.Array, Metrics]:
+def loss_function(
+    c: config.Config, params: Parameters, batch: Batch, key: jax.Array | None = None
+) -> tuple[jax.Array, Metrics]:
     """The loss of a global batch, and its parts.
 
     Args:
       c: configuration.
       params: of the model.
       batch: `images` uint8 `[b, size, size, 3]`, `tokens` int32 `[b, t]`, and of a task `labels` int32 `[b]`.
+      key: of what the loss draws (matching's wrong pairs); None: always the same.
     """
-    output, head = forward(c, params, batch, **parts(c))
+    output, head = forward(c, params, batch, key=jax.random.key(0) if key is None else key, **parts(c))
     pad_id, labels = c.model.text.pad_id, batch.get("labels")
     return losses.total(output, head, batch["tokens"], c.loss, pad_id=pad_id, labels=labels)
 
 
-def gradients_of(c: config.Config, params: Parameters, batch: Batch) -> tuple[Parameters, Metrics]:
+def gradients_of(
+    c: config.Config, params: Parameters, batch: Batch, key: jax.Array | None = None
+) -> tuple[Parameters, Metrics]:
     """Gradients of the global batch's loss with respect to what is trained, and its metrics.
 
     At once, or microbatch by microbatch. Of frozen parameters there are none: the backward pass ends where nothing
@@ -43,7 +48,7 @@ def gradients_of(c: config.Config, params: Parameters, batch: Batch) -> tuple[Pa
     trained, fixed = frozen.split(params, frozen.patterns(c))
     if c.microbatches > 1:
         return accumulated_gradients(c, trained, fixed, batch)
-    return jax.grad(lambda p: loss_function(c, frozen.join(p, fixed), batch), has_aux=True)(trained)
+    return jax.grad(lambda p: loss_function(c, frozen.join(p, fixed), batch, key), has_aux=True)(trained)
 
 
 def train_step(
@@ -54,7 +59,7 @@ def train_step(
     Metrics are float32 scalars of the global batch; and, where the batch has `problem` (int8 `[b]`), `problems`: int32
     `[len(REASONS)]`, the number of examples with each.
     """
-    gradients, metrics = gradients_of(c, state.params, batch)
+    gradients, metrics = gradients_of(c, state.params, batch, jax.random.fold_in(state.rng, state.step))
     # The norm and all that the optimiser makes of bfloat16 gradients (of bfloat16 parameters) is computed in float32.
     gradients = optax.tree.cast(gradients, jnp.float32)
     norm, made = optax.tree.norm(gradients), state.step - state.guard.skipped  # updates made so far

@@ -40,7 +40,7 @@ def write(weights: Weights, folder: epath.PathLike, *, overwrite: bool = False) 
       ConversionError: open_clip cannot have this model, its preprocessing or its tokenizer, with every reason; the
         parameters do not fit the configuration; there is something at folder, or it cannot be written.
     """
-    weights.without_classifier("open_clip's CoCa")
+    weights.only_coca("open_clip's CoCa")
     c = weights.config
     reasons = [
         f"config.loss.{key}=0.0: the model has no {half} half, and open_clip's CoCa has both"
