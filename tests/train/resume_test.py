@@ -195,8 +195,11 @@ def test_asked_to_stop_at_every_moment(runs: Runs) -> None:
 
 def drawn(seed: int) -> list[Fault]:
     """A SIGKILL when something begins, mostly at once; and in every third seed one more signal, at any time."""
-    rng = random.Random(seed)
-    faults = [Fault(KILL, PHASES[seed // 2 % len(PHASES)], rng.randint(1, 3), rng.choice([0.0, 0.0, rng.random()]))]
+    rng, phase = random.Random(seed), PHASES[seed // 2 % len(PHASES)]
+    count = rng.randint(1, 3)
+    if phase in ("start", "compile"):  # once in each process
+        count = 1
+    faults = [Fault(KILL, phase, count, rng.choice([0.0, 0.0, rng.random()]))]
     if seed % 3 == 0:
         faults.append(Fault(rng.choice([KILL, TERM]), "", seconds=rng.uniform(1.0, 12.0)))
     return faults
