@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from typing import Any
 
-import numpy as np
 from absl import app, flags
 
 from coca_jax import commandline, compiler
@@ -50,14 +48,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--output={_OUTPUT.value}: a bridge gives a picture several features: name a .jsonl file")
         settings = {"checkpoint": _CHECKPOINT.value, "step": coca.step, "texts": _TEXTS.value}
         pictures.keep_settings(_OUTPUT.value, settings)
-        as_row = (lambda x: x) if _OUTPUT.value.endswith(".parquet") else np.ndarray.tolist
-
-        def compute(pixels: np.ndarray, _: list[int]) -> list[dict[str, Any]]:
-            return [{"feature": as_row(x)} for x in coca.encode_pixels(pixels, batch_size=_BATCH_SIZE.value)]
-
         if texts is None:
-            size, what = _BATCH_SIZE.value, "features"
-            print(pictures.run(paths, coca.preprocessor, compute, _OUTPUT.value, batch_size=size, description=what))
+            print(pictures.embed(paths, coca, _OUTPUT.value, batch_size=_BATCH_SIZE.value))
             return
         known = rows.done()
         new = [text for text in texts if text not in known]
@@ -66,7 +58,8 @@ def main(argv: list[str]) -> None:
             for start in range(0, len(new), _BATCH_SIZE.value):
                 part = new[start : start + _BATCH_SIZE.value]
                 features = coca.encode_text(part, batch_size=_BATCH_SIZE.value)
-                rows.add([{"text": text, "feature": as_row(x)} for text, x in zip(part, features, strict=True)])
+                kept = pictures.as_rows(features, _OUTPUT.value)
+                rows.add([{"text": text} | row for text, row in zip(part, kept, strict=True)])
                 bar.update(len(part))
         print(f"{len(new)} texts{f', {done} were there already' if done else ''}: {_OUTPUT.value}")
     except (DataError, ConversionError, CheckpointError, ConfigError, ValueError, OSError) as error:

@@ -61,6 +61,14 @@ class Rows(Protocol):
         """The keys' values in what it holds already."""
         ...
 
+    def features(self) -> tuple[list[str], np.ndarray]:
+        """The keys' values, and the rows' features, float32 `[n, d]`: what `embed` wrote.
+
+        Raises:
+          DataError: nothing is there, or something else.
+        """
+        ...
+
     def add(self, rows: list[dict[str, Any]]) -> None: ...
 
 
@@ -71,15 +79,22 @@ class Lines:
         self._path, self._key = path, key
 
     def done(self) -> set[str]:
+        return {row[self._key] for row in self._rows(self._key)}
+
+    def features(self) -> tuple[list[str], np.ndarray]:
+        rows = self._rows(self._key, "feature")
+        return [row[self._key] for row in rows], _matrix(self._path, [row["feature"] for row in rows])
+
+    def _rows(self, *wanted: str) -> list[dict[str, Any]]:
         if not self._path.exists():
-            return set()
+            return []
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) != len(content):
             with self._path.open("r+b") as file:
                 file.truncate(len(whole))
         try:
-            return {json.loads(line)[self._key] for line in whole.splitlines()}
+            return [{name: row[name] for name in wanted} for row in map(json.loads, whole.splitlines())]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{self._path} is not what was written here ({error}): name another --output") from error
 
@@ -113,17 +128,28 @@ class Parts:
         self._next = 1 + max((int(p.stem.removeprefix("part-")) for p in folder.glob("part-*.parquet")), default=-1)
 
     def done(self) -> set[str]:
-        found: set[str] = set()
+        return {value for table in self._tables(self._key) for value in table[self._key].to_pylist()}
+
+    def features(self) -> tuple[list[str], np.ndarray]:
+        names: list[str] = []
+        parts: list[np.ndarray] = []
+        for table in self._tables(self._key, "feature"):
+            names += table[self._key].to_pylist()
+            parts += [_matrix(self._folder, chunk.to_numpy(zero_copy_only=False)) for chunk in table["feature"].chunks]
+        if len({part.shape[1] for part in parts}) != 1:
+            raise DataError(f"{self._folder} has no features, or of several lengths: it is not what embed writes")
+        return names, np.concatenate(parts)
+
+    def _tables(self, *columns: str) -> Iterator[Any]:
         for file in sorted(self._folder.glob("part-*.parquet")):
             try:
-                table = self._arrow.parquet.read_table(file, columns=[self._key])
-                found |= set(table[self._key].to_pylist())
+                table = self._arrow.parquet.read_table(file, columns=list(columns)).select(list(columns))
             except (OSError, KeyError, self._arrow.ArrowException) as error:
                 raise DataError(
                     f"{file} is damaged, or not what was written here ({' '.join(str(error).split())[:200]}): remove "
                     "it to compute it again, or name another --output"
                 ) from error
-        return found
+            yield table
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         if not rows:
@@ -142,6 +168,17 @@ class Parts:
             flat = self._arrow.array(np.concatenate(values).astype(np.float32))
             return self._arrow.FixedSizeListArray.from_arrays(flat, len(values[0]))
         return self._arrow.array(values)
+
+
+def _matrix(path: pathlib.Path, rows: Sequence[Any]) -> np.ndarray:
+    """float32 `[n, d]` of n lists of d numbers. Raises DataError where they are not that."""
+    try:
+        matrix = np.array([np.asarray(row, np.float32) for row in rows], np.float32)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} has features that are not lists of numbers, all of a length: {error}") from error
+    if matrix.ndim != 2 or not np.isfinite(matrix).all():
+        raise DataError(f"{path} has no features, or such as are not finite numbers: it is not what embed writes")
+    return matrix
 
 
 def open_rows(output: str, key: str = "path") -> Rows:
@@ -179,6 +216,28 @@ def keep_settings(output: str, settings: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(settings, indent=2) + "\n")
     partial.replace(path)
+
+
+class Encoder(Protocol):
+    """What `embed` needs of a model, as `coca_jax.load` opens it."""
+
+    preprocessor: Preprocessor
+
+    def encode_pixels(self, pixels: np.ndarray, *, batch_size: int) -> np.ndarray: ...
+
+
+def embed(paths: Sequence[str], coca: Encoder, output: str, *, batch_size: int) -> str:
+    """`run` with the features of the pictures, `[n, d]` of unit length, in the column `feature`."""
+
+    def compute(pixels: np.ndarray, _: list[int]) -> list[dict[str, Any]]:
+        return as_rows(coca.encode_pixels(pixels, batch_size=batch_size), output)
+
+    return run(paths, coca.preprocessor, compute, output, batch_size=batch_size, description="features")
+
+
+def as_rows(features: np.ndarray, output: str) -> list[dict[str, Any]]:
+    """Features `[n, d]` as the output's kind writes them."""
+    return [{"feature": x if output.endswith(".parquet") else x.tolist()} for x in features]
 
 
 def run(

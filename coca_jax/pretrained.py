@@ -101,6 +101,12 @@ class Pretrained:
         Raises:
           ValueError: the model has no such pooler.
         """
+        return self.attention_pixels(self.preprocessor.pixels(_several(images)), pooler=pooler, batch_size=batch_size)
+
+    def attention_pixels(
+        self, pixels: UInt8[np.ndarray, "b s s 3"], *, pooler: str = "generative", batch_size: int = 64
+    ) -> Float[np.ndarray, "b q y x"]:
+        """`attention` of what `preprocessor.pixels` has made ready."""
         if self.config.model.bridge.stage:
             raise ValueError("this model has a bridge in the place of poolers")
         if pooler not in self._apply.attention:
@@ -109,7 +115,6 @@ class Pretrained:
             self._needs(self._apply.has_contrastive, "lambda_con")
         else:
             self._needs(self._apply.has_captioning, "lambda_cap")
-        pixels = self.preprocessor.pixels(_several(images))
         return self._rows(self._apply.attention[pooler], [pixels], batch_size)
 
     def log_likelihood(

@@ -63,6 +63,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "pretrained",
     ),
     "embed": ("config", "commandline", "compiler", "data", "interop", "train.checkpoint", "pictures", "pretrained"),
+    # What the page answers, and the page; flags open what it is made of.
+    "demo": (
+        *("config", "commandline", "compiler", "data", "evaluate", "interop", "train.checkpoint"),
+        *("pictures", "pretrained"),
+    ),
     "checkpoint": ("config", "commandline", "train.checkpoint"),
     "convert": ("config", "commandline", "compiler", "data", "interop", "train.checkpoint", "pretrained"),
     "pretrained": _BELOW_RUN,  # load()
@@ -252,6 +257,7 @@ _HEAVY = ["jax", "flax", "tensorflow", "torch", "tensorflow_datasets", "matplotl
         ("coca_jax.convert", _HEAVY),
         ("coca_jax.caption", _HEAVY),
         ("coca_jax.embed", _HEAVY),
+        ("coca_jax.demo.__main__", [*_HEAVY, "gradio"]),
         ("coca_jax.run", ["tensorflow", "torch", "tensorflow_datasets"]),
     ],
 )
