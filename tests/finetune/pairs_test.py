@@ -51,16 +51,16 @@ def test_retrieval_gets_better_and_the_captioning_half_is_not_there(
     assert not tuned.of("text_decoder/multimodal/") and not tuned.of("generative_pooler/")
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_higher_resolution_goes_on_from_a_lower_one(tune: Tune, sources: dict[str, tuple[str, str]]) -> None:
     tuned = tune(
         *("higher_resolution", *sources["same"]),
         **{"init__image_size": 24, "steps": 40, "optimizer__peak_lr": 1e-3, "optimizer__name": "adamw"},
     )
-    assert "resized: image_encoder/position_embedding: from image_encoder/position_embedding" in tuned.said
-    assert "from a grid of 4x4 to 6x6" in tuned.said
+    assert "resized: image_encoder/position_embedding: from a grid of 4x4 to 6x6" in tuned.said
     assert tuned.after["image_encoder/position_embedding"].shape == (36, 32)
-    assert tuned.first["test/image_to_text/r1"] > 1.5 * tuned.first["test/chance/r1"]  # resized, it knows some yet
+    # Resized, it knows some yet (0.18): three standard errors of 300 guesses among ten captions above chance.
+    assert tuned.first["test/image_to_text/r1"] > tuned.first["test/chance/r1"] + 3 * (0.1 * 0.9 / 300) ** 0.5
     assert tuned.last["test/image_to_text/r1"] > tuned.first["test/image_to_text/r1"] + 0.2, (tuned.first, tuned.last)
 
 
