@@ -240,7 +240,11 @@ def test_a_step_that_does_not_end_shows_where_everybody_is(
     poisoned: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     c, workdir = poisoned.copy_and_resolve_references(), tmp_path / "run"
-    c.checkpoint.every, c.guard.stall, c.guard.stall_seconds = 12, 5.0, 1.0
+    c.checkpoint.every, c.guard.stall, c.guard.stall_seconds = (
+        12,
+        5.0,
+        3.0,
+    )  # others may keep a step waiting for a second
     whole, reads, lock = ArrayRecords.__getitem__, [0], threading.Lock()
 
     def a_disk_that_does_not_answer() -> None:
