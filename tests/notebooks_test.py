@@ -188,8 +188,9 @@ def test_teach_something(run_python: RunPython, tmp_path: pathlib.Path, monkeypa
     first, last = check(done, tmp_path)
     (split,) = (key.removesuffix("/caption_loss") for key in last if key.endswith("/caption_loss"))
     for way in ("image_to_text", "text_to_image"):
-        for line in (first, last):
-            assert line[f"{split}/{way}/r10"] > 2 * last[f"{split}/chance/r10"]
+        # Before, in words that it did not learn from; after, it did.
+        assert first[f"{split}/{way}/r10"] > 1.5 * first[f"{split}/chance/r10"]
+        assert last[f"{split}/{way}/r10"] > 2 * last[f"{split}/chance/r10"]
     (recall,) = numbers(r"image_to_text .*r10 (\S+)", said(done["explore"], "retrieval"))
     (chance,) = numbers(r"chance .*r10 (\S+)", said(done["explore"], "retrieval"))
     assert recall > 5 * chance
