@@ -110,7 +110,7 @@ def test_killed_at_any_moment_with_workers(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c(tmp_path):
     """It reaches all processes of a terminal: the conversion says one line and leaves no process."""
-    source = sets.write_long(tmp_path / "source", 400)
+    source = sets.write_long(tmp_path / "source", 1600)  # seconds of work left when two of 80 shards are there
     process = start(source, tmp_path / "out", "--workers=2", start_new_session=True, stderr=subprocess.PIPE)
     wait_for_shards(process, tmp_path / "out", 2)
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -120,7 +120,7 @@ def test_ctrl_c(tmp_path):
     lines = error.decode().replace("\r", "\n").split("\n")
     assert "interrupted: the same command goes on where it was" in lines and "Traceback" not in lines
     wait_for_end(children)
-    assert converted(source, tmp_path / "out")["records"] == 400
+    assert converted(source, tmp_path / "out")["records"] == 1600
 
 
 def wait_for_end(children: list[str]) -> None:
