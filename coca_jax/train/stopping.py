@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 EXIT_STOPPED = 143  # 128 + SIGTERM, what a shell says of one that SIGTERM ended: nothing is lost, start it again
 _PATIENCE = 5.0  # seconds for Python to get to the signal, where there is nothing to save
 
-_NOTHING = "stopped before a step was made: there is nothing new to save"
+_NOTHING = "stopped: there is nothing new to save"
 
 
 class Stopped(Exception):

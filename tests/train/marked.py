@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from coca_jax import main
+from coca_jax import compiler, main
 
 _PIPE = int(os.environ["COCA_JAX_MARKS"])
 
@@ -21,6 +21,15 @@ def mark(name: str) -> None:
 def marked(name: str, function: Callable[..., Any], then: str) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         mark(name)
+        result = function(*arguments, **named)
+        mark(then)
+        return result
+
+    return call
+
+
+def ending(function: Callable[..., Any], then: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
         result = function(*arguments, **named)
         mark(then)
         return result
@@ -59,13 +68,20 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def watch() -> None:
+    compiler.setup()  # as main does it: before JAX is loaded, which what is imported here does
     from coca_jax import evaluator
-    from coca_jax.train import checkpoint, loop
+    from coca_jax.evaluate import report
+    from coca_jax.train import checkpoint, loop, stopping
 
     batches, compile_step = loop._batches, loop.compile_step
     loop._batches = lambda *arguments: Batches(batches(*arguments))
     loop.compile_step = lambda *arguments: compiled(compile_step(*arguments))
     checkpoint.Checkpoints.save = marked("save", checkpoint.Checkpoints.save, "step")  # type: ignore
+    checkpoint.Checkpoints.restore = marked("restore", checkpoint.Checkpoints.restore, "restored")  # type: ignore
+    report.write = marked("report", report.write, "reported")
+    # From here on a signal is heard, and until here.
+    stopping.Stopping.__enter__ = ending(stopping.Stopping.__enter__, "ready")  # type: ignore
+    stopping.Stopping.__exit__ = marked("over", stopping.Stopping.__exit__, "over")  # type: ignore
     evaluator.Evaluator.__call__ = marked("evaluate", evaluator.Evaluator.__call__, "step")  # type: ignore
 
 
