@@ -103,7 +103,7 @@ class Runs:
             now = time.monotonic()
             assert now - begun < 280, self.output()
             assert not sent or now - sent < BOUND, f"{fault} {marks[-3:]}\n{self.output()}"
-            marks += self._marks(read, 0.05 if not due else min(0.05, max(0.0, due - now)))
+            marks += self._marks(read, min(0.05, max(0.0, due - now)) if due and not sent else 0.05)
             if not fault or sent:
                 continue
             if not due and (not fault.phase or marks.count(fault.phase) >= fault.count):

@@ -23,7 +23,7 @@ from tests.untrusted.targets import TARGETS
 # The fixture of tests/conftest.py.
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
-# Cases of the slow job; in seconds of one core about a hundredth of them and two to start.
+# Cases before a release; in seconds of one core about a hundredth of them and two to start.
 CASES = {
     **{"images": 1500, "tar": 500, "tar_index": 300, "array_record": 500, "record": 700, "parquet": 600},
     **{"tfrecord": 700, "captions": 700, "classes": 300, "sentencepiece": 700, "tokenizer_json": 1200, "merges": 500},
@@ -50,6 +50,14 @@ def test_a_few_of_every_kind(run_python: RunPython, tmp_path: pathlib.Path) -> N
     found = fuzz(run_python, tmp_path, 12)
     assert [one["target"] for one in found] == list(TARGETS)
     assert all(one["read"] + one["refused"] >= 12 for one in found), found
+
+
+@pytest.mark.slow
+def test_more_of_every_kind(run_python: RunPython, tmp_path: pathlib.Path) -> None:
+    found = fuzz(run_python, tmp_path, 100)
+    print(*found, sep="\n")
+    assert [one["target"] for one in found] == list(TARGETS)
+    assert all(one["read"] and one["refused"] and one["read"] + one["refused"] >= 100 for one in found), found
 
 
 @pytest.mark.soak
