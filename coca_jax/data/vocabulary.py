@@ -76,7 +76,7 @@ class SentencePiece:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             loaded = bool(content) and self._processor.LoadFromSerializedProto(content)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the second where its message quotes a piece that is no UTF-8
             loaded = False
         if not loaded:
             raise DataError(
@@ -132,7 +132,9 @@ class HuggingFace:
         try:
             self._tokenizer = library.Tokenizer.from_str(content.decode())
             described = json.loads(content)
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:  # the library raises bare Exception, and where Rust panics what is not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{name}: not a tokenizer.json of the tokenizers library: {reason}") from error
         self._tokenizer.encode_special_tokens = True

@@ -23,6 +23,7 @@ from coca_jax.data.sources import open_source
 from coca_jax.interop import exported, open_clip
 from coca_jax.interop.weights import ConversionError
 from coca_jax.train import checkpoint
+from tests.interop import vits
 from tests.untrusted import seeds, targets
 
 
@@ -115,6 +116,23 @@ def test_merges_in_a_damaged_stream() -> None:
         targets.Tokenizer(seeds.gzipped(seeds.merges())[:10] + b"\xff" * 20)
 
 
+def test_a_piece_of_a_vocabulary_that_is_no_utf_8() -> None:
+    """SentencePiece quotes it in what it says of the model, which is then no text."""
+    whole = seeds.tokenizer().to_bytes()
+    damaged = whole.replace(b"<0x00>", b"\x800x00>")
+    assert damaged != whole
+    with pytest.raises(DataError, match="not a SentencePiece model"):
+        targets.Tokenizer(damaged)
+
+
+def test_a_vocabulary_on_which_its_library_panics() -> None:
+    """What is raised then is not even an Exception."""
+    pytest.importorskip("tokenizers", reason="NOT RUN: needs pip install 'coca_jax[bpe]'")
+    described = targets._tokenizer_json()[0] | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "A=="}}
+    with pytest.raises(DataError, match=r"not a tokenizer\.json"):
+        targets.Tokenizer(json.dumps(described).encode())
+
+
 def test_a_set_that_names_python_classes(tmp_path: pathlib.Path) -> None:
     """TFDS imports the modules of the classes that a set's features.json names: the set's own folder may hold them."""
     folder = tmp_path / "data" / "evil" / "1.0.0"
@@ -183,6 +201,8 @@ def test_our_directories(tmp_path: pathlib.Path, path: str, value: Any) -> None:
         ("model_cfg/vision_cfg/mlp_ratio", INFINITY),
         ("model_cfg/vision_cfg/layers", 10**9),  # the names of all their tensors were listed
         ("model_cfg/init_logit_bias", 10**400),
+        ("model_cfg/init_logit_scale", 746),  # a temperature of 0
+        ("model_cfg/init_logit_scale", -746),
         ("coca_jax/step", "x"),
         ("coca_jax/preprocessing/size", "x"),
         ("coca_jax/model/image/depth", 7),  # was taken for a model of seven layers, with the weights of another
@@ -195,6 +215,14 @@ def test_directories_of_open_clip(tmp_path: pathlib.Path, path: str, value: Any)
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConversionError):
         open_clip.read(tmp_path)
+
+
+def test_a_vision_encoder_whose_interpolation_is_no_name(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(targets._vision()[0])
+    described = targets._TIMM | {"pretrained_cfg": {"interpolation": True}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ConversionError, match="interpolation"):
+        vits.load(tmp_path, vits.MODEL, config.Data())
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"steps": ' + "9" * 5000 + "}", b"\xff\xfe{}"])

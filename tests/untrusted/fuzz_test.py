@@ -57,7 +57,7 @@ def test_more_of_every_kind(run_python: RunPython, tmp_path: pathlib.Path) -> No
     found = fuzz(run_python, tmp_path, 100)
     print(*found, sep="\n")
     assert [one["target"] for one in found] == list(TARGETS)
-    assert all(one["read"] and one["refused"] and one["read"] + one["refused"] >= 100 for one in found), found
+    assert all(one["read"] and one["read"] + one["refused"] >= 100 for one in found), found
 
 
 @pytest.mark.soak

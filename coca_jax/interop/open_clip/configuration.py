@@ -87,6 +87,8 @@ def model_config(
                 reasons.append(f"multimodal_cfg.{key}={decoder[key]}: must be text_cfg.{key}={text[key]}")
         if decoder["context_length"] < text["context_length"]:
             reasons.append(f"multimodal_cfg.context_length={decoder['context_length']}: is less than text_cfg's")
+        if not abs(top["init_logit_scale"]) <= 100:  # of the logarithm: its exponential is a number, and not 0
+            reasons.append(f"init_logit_scale={top['init_logit_scale']}: must be between -100 and 100")
         if top["pad_id"] != text["pad_id"]:
             reasons.append(f"pad_id={top['pad_id']}: must be text_cfg.pad_id={text['pad_id']}")
     if reasons:

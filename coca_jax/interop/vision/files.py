@@ -239,7 +239,10 @@ def _preprocessing(values: dict[str, Any]) -> dict[str, Any]:
         if (three := values.get(key)) is not None:
             red, green, blue = three
             found[key] = (float(red), float(green), float(blue))
-    return found | {"interpolation": values.get("interpolation")}
+    interpolation = values.get("interpolation")
+    if not isinstance(interpolation, str | None):
+        raise TypeError(f"interpolation={interpolation!r} is not a name")
+    return found | {"interpolation": interpolation}
 
 
 _BESIDE: dict[str, dict[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
