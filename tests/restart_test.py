@@ -199,11 +199,15 @@ def test_one_of_four_is_asked_to_stop(runs: Runs, whole: pathlib.Path) -> None:
         (3, lambda: "parameters, 4 cpu devices of 4 processes" in run.said(), BOUND + COMPILATION),
         (0, (workdir / f"checkpoints/{EVERY}").exists, BOUND),
     ]
+
+    def starts_again() -> bool:
+        return run.said().count("starts again in") == count
+
     for count, (number, moment, bound) in enumerate(moments, start=1):
         run.until(moment)
         os.kill(run.children()[number], signal.SIGTERM)
         sent = time.monotonic()
-        run.until(lambda count=count: run.said().count("starts again in") == count, bound)
+        run.until(starts_again, bound)
         print(f"SIGTERM: {time.monotonic() - sent:.1f} s until all had ended")
         stopped = re.findall(rf"stopped at step (\d+) of {STEPS}, saved in", run.said())
         assert len(stopped) == count and verified(workdir) == int(stopped[-1]), run.said()
