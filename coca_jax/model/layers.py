@@ -6,6 +6,7 @@ Axes: b batch, s queries of an attention (tokens), m its keys, d width, h heads,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from coca_jax import config
 from coca_jax.model.attention import KERNEL_RESIDUALS, Mask, attend, weights
+from coca_jax.model.products import dot_general
 from coca_jax.sharding import shard
 
 Init = Callable[..., Array]
@@ -40,8 +42,11 @@ class Cache:
 
 
 def layer_norm(model: config.Model, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with float32 statistics, `E[(x - E[x])^2]` and not `E[x^2] - E[x]^2`, which cancels."""
-    return nn.LayerNorm(
+    """LayerNorm with float32 statistics, `E[(x - E[x])^2]` and not `E[x^2] - E[x]^2`, which cancels.
+
+    Its backward pass computes them again from x: to keep what lies between costs more memory traffic than it saves.
+    """
+    return nn.remat(nn.LayerNorm, prevent_cse=False)(
         epsilon=model.norm_eps,
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
@@ -53,6 +58,27 @@ def layer_norm(model: config.Model, name: str | None = None) -> nn.LayerNorm:
 def kernel_init(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Init:
     """Glorot-uniform over the axes that a kernel reads and writes."""
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=inputs, out_axis=outputs)
+
+
+def dense(
+    model: config.Model,
+    outputs: tuple[int, ...],
+    *,
+    inputs: int = 1,
+    use_bias: bool = True,
+    name: str | None = None,
+) -> nn.DenseGeneral:
+    """A product over the last `inputs` axes, which become `outputs`, and a bias; Glorot-uniform at first."""
+    return nn.DenseGeneral(
+        outputs,
+        axis=tuple(range(-inputs, 0)),
+        use_bias=use_bias,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+        kernel_init=nn.initializers.glorot_uniform(),  # sees the kernel as a matrix
+        dot_general=dot_general,
+        name=name,
+    )
 
 
 class Attention(nn.Module):
@@ -74,15 +100,8 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         h, k = self.heads, self.width // self.heads
-        options: dict[str, Any] = {
-            "dtype": jnp.dtype(self.model.dtype),
-            "param_dtype": jnp.dtype(self.model.param_dtype),
-        }
-        into = kernel_init((0,), (1, 2))
-        self.query = nn.Einsum((self.width, h, k), "bsd,dhk->bshk", kernel_init=into, **options)
-        self.key = nn.Einsum((self.kv_width, h, k), "bmd,dhk->bmhk", kernel_init=into, **options)
-        self.value = nn.Einsum((self.kv_width, h, k), "bmd,dhk->bmhk", kernel_init=into, **options)
-        self.out = nn.Einsum((h, k, self.width), "bshk,hkd->bsd", kernel_init=kernel_init((0, 1), (2,)), **options)
+        self.query, self.key, self.value = (dense(self.model, (h, k)) for _ in range(3))  # bsd,dhk->bshk
+        self.out = dense(self.model, (self.width,), inputs=2)  # bshk,hkd->bsd
 
     def project(self, x: Float[Array, "b m d"]) -> tuple[Float[Array, "b m h k"], Float[Array, "b m h k"]]:
         """Keys and values of what is attended to."""
@@ -144,14 +163,10 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        options: dict[str, Any] = {
-            "dtype": jnp.dtype(self.model.dtype),
-            "param_dtype": jnp.dtype(self.model.param_dtype),
-            "kernel_init": kernel_init((0,), (1,)),
-        }
-        x = nn.Einsum((self.width, self.mlp_dim), "bsd,df->bsf", name="up", **options)(x)
-        x = jax.nn.gelu(shard(x, "batch", None, "mlp"), approximate=self.model.gelu == "tanh")
-        return nn.Einsum((self.mlp_dim, self.width), "bsf,fd->bsd", name="down", **options)(x)
+        x = shard(dense(self.model, (self.mlp_dim,), name="up")(x), "batch", None, "mlp")
+        # Its derivative is computed again from x: autodiff would keep three more arrays of this size.
+        x = jax.checkpoint(functools.partial(jax.nn.gelu, approximate=self.model.gelu == "tanh"), prevent_cse=False)(x)
+        return dense(self.model, (self.width,), name="down")(x)
 
 
 class Block(nn.Module):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from coca_jax import config
 from coca_jax.model import layers
 from coca_jax.model.attention import Mask
+from coca_jax.model.products import dot_general
 from coca_jax.sharding import shard
 
 
@@ -202,7 +203,7 @@ def look_up(table: nn.Embed, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]
 
 def output_logits(hidden: Float[Array, "b t d"], head: Float[Array, "d v"]) -> Float[Array, "b t v"]:
     """`hidden @ head` in the hidden states' dtype, accumulated and returned in float32."""
-    logits = jnp.einsum("btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = dot_general(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return shard(logits, "batch", None, "vocab")
 
 

@@ -17,7 +17,8 @@ from flax import traverse_util
 from coca_jax import config
 from coca_jax.config import ConfigError
 from coca_jax.sharding import parameter_axes, path_of
-from coca_jax.train import frozen, rounding
+from coca_jax.train import adam, frozen, rounding
+from coca_jax.train import guard as guards
 
 
 def schedule(c: config.Optimizer, steps: int) -> optax.Schedule:
@@ -43,13 +44,15 @@ def schedule(c: config.Optimizer, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def of_run(c: config.Config, parameters: Any) -> optax.GradientTransformation:
+def of_run(c: config.Config, parameters: Any) -> optax.GradientTransformationExtraArgs:
     """`make_optimizer` of a run, with all that it freezes. Raises as that does."""
     return make_optimizer(dataclasses.replace(c.optimizer, freeze=frozen.patterns(c)), c.steps, parameters)
 
 
-def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.GradientTransformation:
+def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.GradientTransformationExtraArgs:
     """The whole chain: clip, scale, decay, learning rate; of the parameters that `c.freeze` leaves to train.
+
+    `update` takes `accepted`, a bool of this step: where it is false the whole state stays as it was (None: always).
 
     It computes in float32. `c.state_dtype` is what the momentum is stored in (Adafactor's, AdamW's and Muon's alike).
     bfloat16 takes 2 bytes a parameter less, and rounds the momentum to 8 bits at every step, an error that is forgotten
@@ -85,7 +88,7 @@ def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.Gr
         parts += [on_matrices(factored), optax.clip_by_block_rms(1.0)]
         parts += [optax.ema(c.b1, debias=False, accumulator_dtype=momentum)] if c.b1 else []
     elif c.name == "adamw":
-        parts.append(optax.scale_by_adam(c.b1, c.b2, c.eps, mu_dtype=momentum))
+        parts.append(adam.scale_by_adam(c.b1, c.b2, c.eps, momentum))
     else:
         # Jordan 2024; the scale of Liu et al. 2025 (arXiv 2502.16982) makes a learning rate mean what it means to
         # AdamW, which keeps the embeddings, the output head, biases and norms. Without a learning rate it is a
@@ -108,7 +111,9 @@ def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.Gr
     if c.layer_decay < 1:
         parts.append(scaled(layer_scales(parameters, c.layer_decay)))
     whole = optax.chain(*parts)
-    return in_float32(rounding.second_moments_in_bfloat16(whole) if c.second_moment_dtype == "bfloat16" else whole)
+    if c.second_moment_dtype == "bfloat16":
+        whole = rounding.second_moments_in_bfloat16(whole)
+    return guarded(in_float32(whole))
 
 
 def layer_scales(parameters: Any, decay: float) -> Any:
@@ -182,7 +187,7 @@ def matrices(parameters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes_of, parameters)
 
 
-def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Shows `inner` gradients and parameters in float32, so that its state and updates are float32 too.
 
     optax keeps moments in the parameters' dtype: second moments of bfloat16 parameters would hardly move.
@@ -191,10 +196,36 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     def init(parameters: Any) -> Any:
         return inner.init(optax.tree.cast(parameters, jnp.float32))
 
-    def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
-        return inner.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(parameters, jnp.float32))
+    inner = optax.with_extra_args_support(inner)
 
-    return optax.GradientTransformation(init, update)
+    def update(updates: Any, state: Any, parameters: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, parameters = optax.tree.cast((updates, parameters), jnp.float32)
+        return inner.update(updates, state, parameters, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def guarded(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """Keeps the state of `inner` where the step is not accepted; Adam's moments see to that themselves."""
+
+    def update(
+        updates: Any, state: Any, parameters: Any = None, *, accepted: jax.Array | None = None
+    ) -> tuple[Any, Any]:
+        updates, new = inner.update(updates, state, parameters, accepted=accepted)
+        if accepted is not None:
+            new = jax.tree.map(
+                lambda after, before: after if _chosen(after) else guards.choose(accepted, after, before),
+                new,
+                state,
+                is_leaf=_chosen,
+            )
+        return updates, new
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _chosen(state: Any) -> bool:
+    return isinstance(state, adam.Moments)
 
 
 def on_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -32,7 +32,7 @@ def stochastically_rounded(x: Float[Array, "*shape"], key: Array) -> Float[Array
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def second_moments_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def second_moments_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`inner`, whose Adam states (those in Muon's too) keep `nu` in bfloat16; it computes with them in float32.
 
     The chance depends on the number of the update alone: a run that is taken up again, and one on another mesh, rounds
@@ -54,11 +54,13 @@ def second_moments_in_bfloat16(inner: optax.GradientTransformation) -> optax.Gra
     def init(parameters: Any) -> Any:
         return _in_adam(lambda adam: adam._replace(nu=optax.tree.cast(adam.nu, jnp.bfloat16)), inner.init(parameters))
 
-    def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
-        new, state = inner.update(updates, shown(state), parameters)
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, parameters: Any = None, **extra: Any) -> tuple[Any, Any]:
+        new, state = inner.update(updates, shown(state), parameters, **extra)
         return new, stored(state)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _in_adam(change: Callable[[optax.ScaleByAdamState], optax.ScaleByAdamState], state: Any) -> Any:

@@ -14,7 +14,7 @@ from coca_jax import config, losses
 from coca_jax.data.records import REASONS
 from coca_jax.model.coca import MAX_LOG_SCALE
 from coca_jax.sharding import batch_sharding, replicated
-from coca_jax.train import frozen
+from coca_jax.train import adam, frozen
 from coca_jax.train import guard as guards
 from coca_jax.train.accumulate import Batch, Metrics, accumulated_gradients, forward, parts
 from coca_jax.train.optimizer import schedule
@@ -52,7 +52,7 @@ def gradients_of(
 
 
 def train_step(
-    c: config.Config, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
+    c: config.Config, optimizer: optax.GradientTransformationExtraArgs, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
     """Loss, gradients, update; the update is left out, and all but the step's count stays, where the guard refuses it.
 
@@ -65,7 +65,9 @@ def train_step(
     norm, made = optax.tree.norm(gradients), state.step - state.guard.skipped  # updates made so far
     guard, accepted, judged = guards.judge(c.guard, state.guard, metrics["loss"], norm)
     trained, fixed = frozen.split(state.params, frozen.patterns(c))
-    updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained, accepted=accepted)
+    update_norm = optax.tree.norm(updates)
+    accepted = adam.after(accepted, update_norm)
     after = optax.apply_updates(trained, updates)
     if "logit_scale" in after:
         after["logit_scale"] = jnp.clip(after["logit_scale"], 0.0, MAX_LOG_SCALE)
@@ -76,11 +78,10 @@ def train_step(
         averaged, same = frozen.split(ema, frozen.patterns(c))
         averaged = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, averaged, after)
         ema = frozen.join(averaged, same)
-    before = (trained, state.opt_state, state.ema)
-    trained, opt_state, ema = guards.choose(accepted, (after, opt_state, ema), before)
+    trained, ema = guards.choose(accepted, (after, ema), (trained, state.ema))
     metrics |= judged | {
         "gradient_norm": norm,
-        "update_norm": jnp.where(accepted, optax.tree.norm(updates), 0.0),
+        "update_norm": jnp.where(accepted, update_norm, 0.0),
         "learning_rate": jnp.asarray(schedule(c.optimizer, c.steps)(made), jnp.float32),
     }
     if "problem" in batch:
@@ -94,7 +95,7 @@ def train_step(
 
 
 def compile_step(
-    c: config.Config, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
+    c: config.Config, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, state: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step over a mesh: jitted, the old state's buffers given to the new one.
 

@@ -83,6 +83,6 @@ def test_each_tower_has_its_own(tower: str) -> None:
 
         return str(jax.make_jaxpr(loss)(params)).count("prevent_cse=")
 
-    assert layers_computed_again(tiny.MODEL) == 0
-    changed = layers_computed_again(tiny.replace(tiny.MODEL, **{f"{tower}__remat": "everything"}))
+    always = layers_computed_again(tiny.MODEL)  # norms and activations
+    changed = layers_computed_again(tiny.replace(tiny.MODEL, **{f"{tower}__remat": "everything"})) - always
     assert changed == (2 if tower == "pooler" else 1)  # two poolers, and a stack is one layer in a loop

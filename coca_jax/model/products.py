@@ -1,0 +1,65 @@
+"""The products of activations with kernels, and what their backward pass is made of."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+from jax import lax
+
+MATRICES = (((1,), (0,)), ((), ()))  # rows x columns
+
+
+def dot_general(
+    x: jax.Array,
+    kernel: jax.Array,
+    dimension_numbers: Any = None,
+    precision: None = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """`lax.dot_general` over the last axes of x and the first of the kernel (one of each if nothing is said), as Flax's
+    DenseGeneral takes it.
+
+    Value and gradients are those of `lax.dot_general`. On CPUs the backward pass is made of matrices: XLA for CPUs
+    (jaxlib 0.10 to 0.12) otherwise transposes and copies the gradient of the result and the kernel in front of each
+    product, on one core. On TPUs it would be the flattening that copies, where the tokens of a row do not fill tiles.
+    """
+    assert precision is None
+    count = 1
+    if dimension_numbers is not None:
+        (x_axes, kernel_axes), batch_axes = dimension_numbers
+        count = len(x_axes)
+        assert tuple(x_axes) == tuple(range(x.ndim - count, x.ndim)) and not any(batch_axes), dimension_numbers
+        assert tuple(kernel_axes) == tuple(range(count)), dimension_numbers
+    return _product(count, preferred_element_type, x, kernel)
+
+
+def _plain(count: int, dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    axes = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
+    return lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=dtype)
+
+
+_product = jax.custom_vjp(_plain, nondiff_argnums=(0, 1))
+
+
+def _forward(count: int, dtype: Any, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _plain(count, dtype, x, kernel), (x, kernel)
+
+
+def _backward(count: int, dtype: Any, kept: tuple[jax.Array, jax.Array], slopes: jax.Array) -> Any:
+    def plain(x: jax.Array, kernel: jax.Array, slopes: jax.Array) -> Any:
+        return jax.vjp(functools.partial(_plain, count, dtype), x, kernel)[1](slopes)
+
+    def of_matrices(x: jax.Array, kernel: jax.Array, slopes: jax.Array) -> Any:
+        inputs = math.prod(kernel.shape[:count])
+        rows, matrix = x.reshape(-1, inputs), kernel.reshape(inputs, -1)
+        multiply = functools.partial(lax.dot_general, dimension_numbers=MATRICES, preferred_element_type=dtype)
+        dx, dkernel = jax.vjp(multiply, rows, matrix)[1](slopes.reshape(-1, matrix.shape[1]))
+        return dx.reshape(x.shape), dkernel.reshape(kernel.shape)
+
+    return lax.platform_dependent(*kept, slopes, cpu=of_matrices, default=plain)
+
+
+_product.defvjp(_forward, _backward)
