@@ -6,11 +6,12 @@
 
 The peer's environment is one with `pip install "coca_jax[peers]"`. Both are processes of their own that take turns, in
 one command: the same architecture (as many parameters), batch, precision, AdamW, clipping by the global norm, captions
-without padding. Figures are medians over the rounds. The ceiling is the rate of a square product in the same rounds and
-the same precision; model FLOPs are those of coca_jax/model/flops.py. --ours adds variants of ours: changes of the
-configuration, and environment variables (XLA_FLAGS=...), which must have an upper-case name. On a GPU, with PyTorch for
-it in the peer's environment, the same commands run there; cuDNN's attention then is
---ours='cudnn: model.attention=cudnn' with --dtype=bfloat16.
+without padding. On CPUs ours keeps the memory that a step frees (docs/launch.md), as PyTorch mostly does; for one that
+does not, add --ours='ours:' --ours='given back: COCA_JAX_KEEP_MEMORY=off'. Figures are medians over the rounds. The
+ceiling is the rate of a square product in the same rounds and the same precision; model FLOPs are those of
+coca_jax/model/flops.py. --ours adds variants of ours: changes of the configuration, and environment variables
+(XLA_FLAGS=...), which must have an upper-case name. On a GPU, with PyTorch for it in the peer's environment, the same
+commands run there; cuDNN's attention then is --ours='cudnn: model.attention=cudnn' with --dtype=bfloat16.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def configuration(args: argparse.Namespace, changes: str = "") -> tuple[dict[str
     c = config.Config(model=model, batch_size=args.batch, steps=1000, optimizer=config.Optimizer(name="adamw"))
     values: dict[str, Any] = dataclasses.asdict(c)
     environment = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "") or _platforms()}
+    environment |= {compiler.KEEP_MEMORY: os.environ.get(compiler.KEEP_MEMORY, "on")}
     for change in shlex.split(changes):
         key, equals, value = change.partition("=")
         if equals and key.isupper():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pathlib
@@ -252,3 +253,32 @@ def test_main_sets_it_up_before_jax_is_loaded(run_python: RunPython, tmp_path: p
     """
     done = run_python(program, env={"COCA_JAX_CACHE": str(tmp_path)})
     assert done.stdout == f"False {tmp_path}/xla/{compiler.processor()}\n"
+
+
+PROGRAM = """
+    import resource
+    from coca_jax import compiler
+    kept = compiler.keep_memory()
+    import jax, jax.numpy as jnp
+    # An outer product that a sort needs as a whole: 64 MB which the program takes at each call.
+    function = jax.jit(lambda x: jnp.sort(x[:, None] * x[None, :], axis=0)[7].sum())
+    x = jnp.arange(4096.0)
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        function(x).block_until_ready()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    print(kept, min([faults() for _ in range(12)][1:]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc, whose malloc this is about")
+def test_what_a_step_frees_is_kept_for_the_next(run_python: RunPython) -> None:
+    def pages_taken_anew(switch: str) -> tuple[str, int]:
+        environment = {"JAX_PLATFORMS": "cpu", compiler.KEEP_MEMORY: switch}
+        kept, faults = run_python(PROGRAM, devices=1, env=environment).stdout.split()
+        return kept, int(faults)
+
+    kept, faults = pages_taken_anew("on")
+    assert kept == "True" and faults < 160  # of 16,384 that the array has, of 4 KiB
+    kept, without = pages_taken_anew("")
+    assert kept == "False" and without > faults + 10  # 32 where the system has pages of 2 MiB

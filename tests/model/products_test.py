@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from coca_jax.model import products
+
+
+def arrays(inputs: tuple[int, ...], outputs: tuple[int, ...], dtype: Any) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (2, 5, *inputs), (*inputs, *outputs), (2, 5, *outputs)
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("accumulated", [None, jnp.float32])
+@pytest.mark.parametrize(("inputs", "outputs"), [((7,), (11,)), ((7,), (3, 4)), ((3, 4), (7,)), ((2, 2, 3), (7,))])
+def test_value_and_gradients_are_those_of_lax(
+    inputs: tuple[int, ...], outputs: tuple[int, ...], accumulated: Any, dtype: str
+) -> None:
+    x, kernel, slopes = arrays(inputs, outputs, jnp.dtype(dtype))
+    count = len(inputs)
+    dimensions: Any = ((tuple(range(2, 2 + count)), tuple(range(count))), ((), ()))
+
+    def both(function: Any) -> Any:
+        def run(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return function(x, kernel, dimensions, preferred_element_type=accumulated)
+
+        y, back = jax.vjp(run, x, kernel)
+        return y, *back(slopes.astype(y.dtype))
+
+    found, wanted = jax.jit(lambda: both(products.dot_general))(), jax.jit(lambda: both(lax.dot_general))()
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        # The same products summed up in another order: a few units in the last place of the largest.
+        bound = 4 * float(jnp.finfo(a.dtype).eps) * float(jnp.abs(b).max())
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0, atol=bound)
+
+
+def transposing(function: Any) -> int:
+    """How many arrays the gradient's program for CPUs copies into another order."""
+    x, kernel, slopes = arrays((64,), (96,), jnp.float32)
+    program = jax.jit(lambda x, kernel, slopes: jax.vjp(function, x, kernel)[1](slopes))
+    text = program.lower(x, kernel, slopes).compile().as_text()
+    assert text is not None
+    return text.count(" transpose(") + text.count(" copy(")
+
+
+def test_the_backward_pass_copies_nothing_on_cpus() -> None:
+    assert transposing(lambda x, kernel: products.dot_general(x, kernel)) == 0
+    assert transposing(lambda x, kernel: jnp.einsum("bsd,df->bsf", x, kernel)) > 0  # the count can fail
+
+
+def test_other_platforms_are_not_given_matrices() -> None:
+    x, kernel, slopes = arrays((7,), (3, 4), jnp.float32)
+    program = jax.jit(lambda x, kernel, slopes: jax.vjp(products.dot_general, x, kernel)[1](slopes))
+    traced = program.trace(x, kernel, slopes)
+    assert "tensor<10x7xf32>" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "tensor<10x7xf32>" not in traced.lower(lowering_platforms=("tpu",)).as_text()
