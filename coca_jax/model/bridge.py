@@ -106,13 +106,7 @@ class Bridge(nn.Module):
             self.text_norm = layers.layer_norm(m)
             self.matching = Linear(m, 2)
         else:
-            self.projection = nn.Einsum(
-                (c.width, text.width),
-                "bqd,dw->bqw",
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=layers.kernel_init((0,), (1,)),
-            )
+            self.projection = layers.dense(m, (text.width,))  # bqd,dw->bqw
 
     def image_tokens(self, image: Float[Array, "b n i"]) -> Float[Array, "b q w"]:
         """Stage two: what the text decoder reads, of its width."""

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from coca_jax import config
-from coca_jax.model import layers
 from coca_jax.model.bridge import Bridge, hard_pairs, similarities
 from coca_jax.model.heads import Classifier, last_text_token
 from coca_jax.model.image_encoder import ImageEncoder
@@ -66,7 +65,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b *q d"]) -> Float[Array, "b *q e"]:
         shape = (x.shape[-1], self.model.embed_dim)
-        kernel = self.param("kernel", layers.kernel_init((0,), (1,)), shape, jnp.dtype(self.model.param_dtype))
+        kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape, jnp.dtype(self.model.param_dtype))
         y = jnp.einsum("...d,de->...e", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
         # The bound keeps the gradient of a zero vector finite.
         return y / jnp.sqrt(jnp.maximum(jnp.sum(y * y, axis=-1, keepdims=True), 1e-24))

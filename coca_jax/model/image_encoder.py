@@ -38,15 +38,8 @@ class ImageEncoder(nn.Module):
         # the compiler to lower badly.
         patches = images.astype(dtype).reshape(images.shape[0], side, p, side, p, 3)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(images.shape[0], side * side, p, p, 3)
-        x = nn.Einsum(
-            (p, p, 3, c.width),
-            "bnyxc,yxcd->bnd",
-            use_bias=c.patch_bias,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=layers.kernel_init((0, 1, 2), (3,)),
-            name="patch_embedding",
-        )(patches)
+        embedding = layers.dense(self.model, (c.width,), inputs=3, use_bias=c.patch_bias, name="patch_embedding")
+        x = embedding(patches)  # bnyxc,yxcd->bnd
         if c.class_token:
             token = self.param("class_token", nn.initializers.normal(c.width**-0.5), (c.width,), param_dtype)
             token = jnp.broadcast_to(token.astype(dtype), (x.shape[0], 1, c.width))

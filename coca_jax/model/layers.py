@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,8 +22,6 @@ from coca_jax import config
 from coca_jax.model.attention import KERNEL_RESIDUALS, Mask, attend, weights
 from coca_jax.model.products import dot_general
 from coca_jax.sharding import shard
-
-Init = Callable[..., Array]
 
 
 @flax.struct.dataclass
@@ -53,11 +51,6 @@ def layer_norm(model: config.Model, name: str | None = None) -> nn.LayerNorm:
         use_fast_variance=False,
         name=name,
     )
-
-
-def kernel_init(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Init:
-    """Glorot-uniform over the axes that a kernel reads and writes."""
-    return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=inputs, out_axis=outputs)
 
 
 def dense(
