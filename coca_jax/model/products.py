@@ -9,8 +9,6 @@ from typing import Any
 import jax
 from jax import lax
 
-MATRICES = (((1,), (0,)), ((), ()))  # rows x columns
-
 
 def dot_general(
     x: jax.Array,
@@ -50,13 +48,18 @@ def _forward(count: int, dtype: Any, x: jax.Array, kernel: jax.Array) -> tuple[j
 
 def _backward(count: int, dtype: Any, kept: tuple[jax.Array, jax.Array], slopes: jax.Array) -> Any:
     def plain(x: jax.Array, kernel: jax.Array, slopes: jax.Array) -> Any:
-        return jax.vjp(functools.partial(_plain, count, dtype), x, kernel)[1](slopes)
+        multiply = functools.partial(_plain, count, dtype)
+        (dx,) = jax.linear_transpose(lambda x: multiply(x, kernel), x)(slopes)
+        (dkernel,) = jax.linear_transpose(lambda kernel: multiply(x, kernel), kernel)(slopes)
+        return dx, dkernel
 
     def of_matrices(x: jax.Array, kernel: jax.Array, slopes: jax.Array) -> Any:
         inputs = math.prod(kernel.shape[:count])
         rows, matrix = x.reshape(-1, inputs), kernel.reshape(inputs, -1)
-        multiply = functools.partial(lax.dot_general, dimension_numbers=MATRICES, preferred_element_type=dtype)
-        dx, dkernel = jax.vjp(multiply, rows, matrix)[1](slopes.reshape(-1, matrix.shape[1]))
+        slopes = slopes.reshape(-1, matrix.shape[1])
+        multiply = functools.partial(_plain, 1, dtype)
+        (dx,) = jax.linear_transpose(lambda rows: multiply(rows, matrix), rows)(slopes)
+        (dkernel,) = jax.linear_transpose(lambda matrix: multiply(rows, matrix), matrix)(slopes)
         return dx.reshape(x.shape), dkernel.reshape(kernel.shape)
 
     return lax.platform_dependent(*kept, slopes, cpu=of_matrices, default=plain)

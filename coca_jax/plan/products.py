@@ -9,6 +9,8 @@ import collections
 import math
 from typing import Any, NamedTuple
 
+from jax.interpreters import partial_eval
+
 
 class Count(NamedTuple):
     """Operations, and names of what could not be counted: kernels without an estimate, loops of unknown length."""
@@ -19,6 +21,8 @@ class Count(NamedTuple):
 
 def flops(jaxpr: Any, devices: int = 1) -> Count:
     """Operations of all matrix products of a program, over all devices, a multiply-add as two.
+
+    What no result needs is left out, as the compiler leaves it out.
 
     Args:
       jaxpr: a `jax.core.Jaxpr`; scans count as often as they run.
@@ -53,7 +57,8 @@ def flops(jaxpr: Any, devices: int = 1) -> Count:
                     total += sum(count(j, more) for j in inner)
         return total
 
-    return Count(count(jaxpr, 1.0), {name: n for name, n in unknown.items() if n})
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return Count(count(needed, 1.0), {name: n for name, n in unknown.items() if n})
 
 
 def _dot(equation: Any) -> float:
