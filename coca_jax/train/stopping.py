@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import jax
@@ -88,7 +90,14 @@ class Stopping:
         for name, handler in self._before.items():
             signal.signal(name, handler)
 
-    def _note(self, number: int, _: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if frame and any(getattr(callback, "__code__", None) is frame.f_code for callback in gc.callbacks):
+            # What is raised in a callback of the garbage collector (JAX has one, the first of Python that runs after a
+            # compilation often) is printed and forgotten. A moment later the main thread is elsewhere.
+            again = threading.Timer(0.05, _thread.interrupt_main, [number])
+            again.daemon = True
+            again.start()
+            return
         if self._requests and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._requests.append(number)
