@@ -112,8 +112,9 @@ def test_ctrl_c(tmp_path):
     """It reaches all processes of a terminal: the conversion says one line and leaves no process."""
     source = sets.write_long(tmp_path / "source", 1600)  # seconds of work left when two of 80 shards are there
     # What a shell starts in the background ignores SIGINT, and so does all that is started by it, these tests perhaps.
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    process = start(source, tmp_path / "out", "--workers=2", start_new_session=True, stderr=subprocess.PIPE, **heard)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = start(source, tmp_path / "out", "--workers=2", start_new_session=True, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     wait_for_shards(process, tmp_path / "out", 2)
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.killpg(process.pid, signal.SIGINT)
