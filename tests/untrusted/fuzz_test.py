@@ -90,6 +90,7 @@ def test_files_made_by_coverage(run_python: RunPython, tmp_path: pathlib.Path, n
         "os.mkdir('../escaped')",
         "os.symlink('x', '../escaped')",
         "os.rename('inside', '../escaped')",
+        "os.mkdir('escaped', dir_fd=os.open('..', os.O_RDONLY))",
         "os.system('true')",
         "subprocess.run(['true'])",
         "pickle.loads(b'cos\\nsystem\\n.')",

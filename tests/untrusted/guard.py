@@ -61,6 +61,8 @@ class Guard:
         elif event in _PATHS:
             paths = arguments[:2] if event in ("os.rename", "os.link") else arguments[:1]
             paths = arguments[1:2] if event == "os.symlink" else paths
+            if event in ("os.remove", "os.rmdir", "os.mkdir") and arguments[-1] >= 0:  # in a folder that is open
+                paths = [os.path.join(os.readlink(f"/proc/self/fd/{arguments[-1]}"), os.fsdecode(paths[0]))]
             if not all(isinstance(path, int) or self._allowed(path) for path in paths):
                 self._say(event, arguments)
         elif event in ("exec", "compile"):
