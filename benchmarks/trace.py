@@ -6,9 +6,10 @@ the device. What part it belongs to is in the program's text, where an operation
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ class Event(NamedTuple):
 def read(folder: Path) -> list[Event]:
     """The device's operations in the trace under a folder.
 
-    XLA's CPU products go on after their event, in its thread pool, and say when they have ended.
+    XLA's CPU products go on after their event, in its thread pool, and say when they have ended, which may be before
+    the event is over. An operation never runs twice at a time.
 
     Raises:
       ValueError: there is no trace, or no operation in it.
@@ -61,10 +63,20 @@ def read(folder: Path) -> list[Event]:
                     events.append(Event(name, event.start_ns / 1e9, event.end_ns / 1e9))
     if not events:
         raise ValueError(f"no operation of a program in {files[-1]}")
-    return [
-        event._replace(end=min((end for end in ends[event.name] if end >= event.end), default=event.end))
-        for event in events
-    ]
+    return ended(events, ends)
+
+
+def ended(events: Sequence[Event], ends: Mapping[str, Sequence[float]]) -> list[Event]:
+    """Events that end where their operation does: the first time, of those at which operations of their name have
+    ended, that is not before their start, or where the event ends if that is later."""
+    times = {name: sorted(values) for name, values in ends.items()}
+
+    def end(event: Event) -> float:
+        mine = times.get(event.name, [])
+        at = bisect.bisect_left(mine, event.start)
+        return max(event.end, mine[at]) if at < len(mine) else event.end
+
+    return [event._replace(end=end(event)) for event in events]
 
 
 def busy(events: Iterable[Event]) -> float:

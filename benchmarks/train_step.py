@@ -28,7 +28,7 @@ import statistics
 import sys
 from typing import Any
 
-from benchmarks.turns import OtherWork, Worker, take_turns
+from benchmarks.turns import OtherWork, Worker, platforms, take_turns
 from coca_jax import compiler, config
 from coca_jax.interop.open_clip import CONFIGS, model_config, open_clip_config
 
@@ -59,7 +59,7 @@ def configuration(args: argparse.Namespace, changes: str = "") -> tuple[dict[str
     model = dataclasses.replace(model_config(sizes), dtype=args.dtype)
     c = config.Config(model=model, batch_size=args.batch, steps=1000, optimizer=config.Optimizer(name="adamw"))
     values: dict[str, Any] = dataclasses.asdict(c)
-    environment = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "") or _platforms()}
+    environment = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "") or platforms()}
     environment |= {compiler.KEEP_MEMORY: os.environ.get(compiler.KEEP_MEMORY, "on")}
     for change in shlex.split(changes):
         key, equals, value = change.partition("=")
@@ -74,11 +74,6 @@ def configuration(args: argparse.Namespace, changes: str = "") -> tuple[dict[str
         except (AttributeError, KeyError, ValueError, TypeError) as error:
             sys.exit(f"error: --ours: {change!r} is not key=value with a key of the configuration: {error}")
     return values, environment
-
-
-def _platforms() -> str:
-    """What JAX may start: a GPU where its plugin is, else the CPU. libtpu alone, to compile with, is no TPU."""
-    return "cuda,cpu" if "gpu" in compiler.found_platforms() else "cpu"
 
 
 def main() -> None:

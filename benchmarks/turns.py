@@ -82,6 +82,14 @@ def take_turns(workers: Sequence[Worker], rounds: int, **request: Any) -> dict[s
     return answers
 
 
+def platforms() -> str:
+    """What JAX may start, for `JAX_PLATFORMS` where that is not set: a GPU where its plugin is, else the CPU. libtpu
+    alone, to compile with, is no TPU; on one, set JAX_PLATFORMS=tpu."""
+    from coca_jax import compiler  # not in the peer's process
+
+    return "cuda,cpu" if "gpu" in compiler.found_platforms() else "cpu"
+
+
 class OtherWork:
     """What share of this machine's cores other processes had since this was made: what is timed beside them is not."""
 

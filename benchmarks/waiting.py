@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import trace
-from benchmarks.turns import REPOSITORY
+from benchmarks.turns import REPOSITORY, platforms
 
 
 def main() -> None:
@@ -40,7 +40,8 @@ def main() -> None:
             f"--config.checkpoint.every={(first + last) // 2 if args.checkpoint else args.steps + 1}",
             *args.more,
         ]
-        done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True)
+        environment = {"JAX_PLATFORMS": platforms(), **os.environ}
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"error: the run ended with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
         events = trace.read(Path(folder) / "run" / "profile")

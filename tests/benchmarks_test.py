@@ -27,6 +27,12 @@ def test_time_is_shared_by_what_runs_at_once() -> None:
     assert trace.shares(EVENTS, {"a": "one", "b": "two"}) == {"one": 1.5, "two": 1.5, "copies": 1.0}
 
 
+def test_an_operation_ends_before_it_begins_again() -> None:
+    events = [trace.Event("a", 0.0, 2.0), trace.Event("a", 10.0, 11.0), trace.Event("b", 3.0, 4.0)]
+    first, second, other = trace.ended(events, {"a": [12.5, 1.5]})
+    assert (first.end, second.end, other.end) == (2.0, 12.5, 4.0)
+
+
 def test_operations_belong_to_parts() -> None:
     program = """
   %dot.1 = f32[2]{0} dot(%x), metadata={op_name="jit(step)/jvp(CoCa.forward)/image_encoder/while/body/dot_general"}

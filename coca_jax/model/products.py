@@ -7,7 +7,11 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+
+
+_LARGE = 1_000_000  # numbers of a kernel, from which on a transposed copy of its rows costs less than it gains
 
 
 def dot_general(
@@ -59,7 +63,13 @@ def _backward(count: int, dtype: Any, kept: tuple[jax.Array, jax.Array], slopes:
         slopes = slopes.reshape(-1, matrix.shape[1])
         multiply = functools.partial(_plain, 1, dtype)
         (dx,) = jax.linear_transpose(lambda rows: multiply(rows, matrix), rows)(slopes)
-        (dkernel,) = jax.linear_transpose(lambda matrix: multiply(rows, matrix), matrix)(slopes)
+        if matrix.size >= _LARGE and matrix.dtype == jnp.float32:
+            # YNNPACK's product, which shares the work of two cores better than Eigen's, wants the rows it adds over to
+            # be the last axis. Without the barrier XLA puts the transposition back into the product.
+            turned = lax.optimization_barrier(rows.T)
+            dkernel = lax.dot_general(turned, slopes, (((1,), (0,)), ((), ())))
+        else:
+            (dkernel,) = jax.linear_transpose(lambda matrix: multiply(rows, matrix), matrix)(slopes)
         return dx.reshape(x.shape), dkernel.reshape(kernel.shape)
 
     return lax.platform_dependent(*kept, slopes, cpu=of_matrices, default=plain)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -23,7 +23,6 @@ from coca_jax.data.tally import Tally
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.model import flops
 from coca_jax.sharding import batch_sharding
-from coca_jax.train import guard as guards
 from coca_jax.train import init, skipped
 from coca_jax.train import optimizer as optimizers
 from coca_jax.train import state as states
@@ -31,6 +30,7 @@ from coca_jax.train.checkpoint import Checkpoints
 from coca_jax.train.metrics import Progress, Writer
 from coca_jax.train.profile import Profile, Steps
 from coca_jax.train.skipped import Diverged
+from coca_jax.train.snapshot import Snapshot, Snapshots
 from coca_jax.train.state import TrainState
 from coca_jax.train.step import compile_step
 from coca_jax.train.stopping import Interrupted, Stopped, Stopping
@@ -38,6 +38,18 @@ from coca_jax.train.watchdog import Watchdog
 
 # Of a state and of what is to be called at every batch: it raises Interrupted where the run is to stop.
 Evaluator = Callable[[TrainState, Callable[[], None]], dict[str, float]]
+
+
+class _Due(NamedTuple):
+    """A checkpoint that is to be written: of which step, its state, position in the data and batch, what came of the
+    evaluation there, and whether there is none to make up for."""
+
+    step: int
+    snapshot: Snapshot
+    position: int
+    index: np.ndarray
+    results: dict[str, float] | None
+    evaluated: bool
 
 
 def train(
@@ -54,7 +66,8 @@ def train(
 ) -> TrainState:
     """Trains to `c.steps`, going on from the newest checkpoint of the workdir if there is one.
 
-    Step N is dispatched before the metrics of step N-1 are read: the host waits for the device and never the other way.
+    Step N is dispatched before the metrics of step N-1 are read, and before the checkpoint of step N-1 is written, from
+    a copy: the host waits for the device and never the other way.
 
     Args:
       c: configuration, checked.
@@ -101,6 +114,7 @@ def train(
         evaluated = bool(place.get("evaluated", True))
         writer, progress = Writer(workdir, first, evaluated), Progress(first, c.steps, c.batch_size, flops.of_step(c))
         profile, watchdog = Profile(workdir, profile_steps, first), Watchdog(c.guard, workdir, progress.say)
+        snapshots, to_save = Snapshots(abstract), None
         pending: tuple[int, int, np.ndarray, dict[str, Any]] | None = None
 
         def pause() -> None:
@@ -108,10 +122,23 @@ def train(
             progress.pause()
             watchdog.pause()
 
-        def diverged(at: int, what: str, index: np.ndarray) -> Diverged:
+        def diverged(at: int, what: str, index: np.ndarray, state: TrainState, position: int) -> Diverged:
+            nonlocal to_save
             pause()
-            kept = left_out.keep(at, index, state, placed(True), identity)
+            to_save = None
+            kept = left_out.keep(at, index, state, placed(position), identity)
             return Diverged(f"step {at}: {what}; {kept}; the last checkpoint is step {checkpoints.latest()}")
+
+        def save(due: _Due) -> None:
+            nonlocal to_save
+            to_save = None
+            settle()
+            watchdog.pause()
+            saved, place = due.snapshot.state, placed(due.position, due.evaluated)
+            if not due.snapshot.finite:  # such a state is never saved
+                what = "parameters or optimiser are not finite any more"
+                raise diverged(due.step, what, due.index, saved, due.position)
+            checkpoints.save(saved, place, identity, due.results)
 
         def settle() -> None:
             """Reads the metrics of the step before and shows them."""
@@ -130,10 +157,10 @@ def train(
                 for name, key in (("in_a_row", "max_in_a_row"), ("skipped", "max_skipped")):
                     if 0 < getattr(c.guard, key) <= metrics[f"guard/{name}"]:
                         what = f"{skipped.reason(metrics)}, and config.guard.{key}={getattr(c.guard, key)} is reached"
-                        raise diverged(at, f"{what}: lower config.optimizer.peak_lr, or look at the data", index)
+                        raise diverged(at, f"{what}: lower config.optimizer.peak_lr, or look at the data", index, state, position)
             tally.check(c.data.max_bad, listed.path)
 
-        def placed(evaluated: bool) -> dict[str, Any]:
+        def placed(position: int, evaluated: bool = True) -> dict[str, Any]:
             """The place in the data, and whether there is an evaluation to make up for."""
             place = {"position": position, "schedule": schedule.to_json(), "tally": tally.to_json()}
             return place if evaluated else place | {"evaluated": False}
@@ -169,12 +196,19 @@ def train(
                 stop.unsaved = True
                 listed.add(batch["index"], batch["reason"])
                 settle()
+                stopping = stop.asked()
+                if to_save and (to_save.results or not stopping):  # a run that stops saves this step
+                    written = to_save.snapshot
+                    save(to_save)
+                    written.drop()
+                to_save = None
                 pending = (step, position, batch["index"], metrics | {"data_wait_seconds": waited})
                 if profile.after(step, metrics):
                     pause()
+                if step == first + 1:
+                    snapshots.prepare()
 
                 last, results = step == c.steps, None
-                stopping = stop.asked()
                 due = bool(evaluate) and (last or bool(c.evaluate.every and step % c.evaluate.every == 0))
                 if due and not stopping:
                     results = evaluation(step)
@@ -186,16 +220,20 @@ def train(
                     results = None
                 keep_best = bool(results) and bool(c.evaluate.best)
                 if last or stopping or keep_best or step % c.checkpoint.every == 0 or checkpoints.due(step):
-                    settle()
-                    pause()
-                    if not guards.finite((state.params, state.opt_state, state.ema)):  # such a state is never saved
-                        raise diverged(step, "parameters or optimiser are not finite any more", batch["index"])
-                    checkpoints.save(state, placed(evaluated=not due), identity, results)
+                    to_save = _Due(step, snapshots.take(state), position, batch["index"], results, not due)
+                    if last or stopping or not to_save.snapshot.copied:
+                        settle()
+                        pause()
+                        save(to_save)
                 if stopping and (due or not last):
                     checkpoints.wait()
                     raise Stopped(f"stopped at step {step} of {c.steps}, saved in {checkpoints.folder}")
             checkpoints.wait()
             stop.unsaved = False
+        except Exception:
+            if to_save:  # the step after it could not be made
+                save(to_save)
+            raise
         finally:
             watchdog.close()
             profile.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import re
 import tempfile
@@ -46,6 +47,20 @@ def read_steps(text: str, steps: int) -> Steps | None:
     return Steps(int(found.group(1)), int(found.group(2)))
 
 
+def check_profiler() -> None:
+    """To be called before a trace is started, where an error still can be said.
+
+    Raises:
+      ConfigError: libtpu is installed, but there is no TPU: its part of JAX's profiler then ends the process (libtpu
+        0.0.42 with jax 0.10.2, 0.0.52 with 0.12.0).
+    """
+    if jax.default_backend() == "cpu" and not jax.config.jax_platforms and importlib.util.find_spec("libtpu"):
+        raise ConfigError(
+            "--profile: libtpu is installed, but JAX found no TPU, and libtpu's profiler would end the process: "
+            "set JAX_PLATFORMS=cpu in the environment to trace this processor"
+        )
+
+
 class Profile:
     """Traces the steps asked for into `workdir/profile`, from the first process; does nothing where none were."""
 
@@ -55,7 +70,12 @@ class Profile:
           workdir: folder or bucket.
           steps: to trace.
           start_step: after which the run goes on; steps up to it are not made again.
+
+        Raises:
+          ConfigError: as `check_profiler`.
         """
+        if steps:
+            check_profiler()
         self._folder = workdir / FOLDER
         self._steps = steps if jax.process_index() == 0 else None
         self._local: tempfile.TemporaryDirectory[str] | None = None

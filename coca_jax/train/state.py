@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -47,7 +48,13 @@ class TrainState:
 def abstract_parameters(c: config.Config) -> Parameters:
     """Shapes of the parameters; those of a part whose loss weight is 0 do not exist."""
     # No kernel is run: a GPU's or TPU's model can be looked at anywhere.
-    c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention="xla"))
+    model = dataclasses.replace(c.model, attention="xla")
+    # Nothing else changes a shape; a start asks several times, and the model takes half a second to trace.
+    return jax.tree.map(lambda leaf: leaf, _traced(config.Config(model=model, loss=c.loss, lora=c.lora)))
+
+
+@functools.lru_cache(8)
+def _traced(c: config.Config) -> Parameters:
     image, text = c.model.image, c.model.text
     images = jax.ShapeDtypeStruct((1, *frames_of(c), image.size, image.size, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, text.length), jnp.int32)
@@ -92,7 +99,12 @@ def frames_of(c: config.Config) -> tuple[int, ...]:
 def create(c: config.Config, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state from the configured seed. Pure: trace it, or jit it with out_shardings."""
     init_key, run_key = jax.random.split(jax.random.key(c.seed))
-    params = init_parameters(c, init_key)
+    return _begun(c, optimizer, init_parameters(c, init_key), run_key)
+
+
+def _begun(
+    c: config.Config, optimizer: optax.GradientTransformation, params: Parameters, run_key: Key[Array, ""]
+) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -106,7 +118,9 @@ def create(c: config.Config, optimizer: optax.GradientTransformation) -> TrainSt
 
 def abstract(c: config.Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
-    shapes = jax.eval_shape(lambda: create(c, optimizer))
+    shapes = jax.eval_shape(
+        lambda params: _begun(c, optimizer, params, jax.random.key(c.seed)), abstract_parameters(c)
+    )
     shardings = tree_shardings(shapes, shapes.params, mesh)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings

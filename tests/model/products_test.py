@@ -17,12 +17,19 @@ def arrays(inputs: tuple[int, ...], outputs: tuple[int, ...], dtype: Any) -> lis
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
+@pytest.mark.parametrize("large", [1, 1_000_000])  # kernels of so many numbers are large: all of these, and none
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("accumulated", [None, jnp.float32])
 @pytest.mark.parametrize(("inputs", "outputs"), [((7,), (11,)), ((7,), (3, 4)), ((3, 4), (7,)), ((2, 2, 3), (7,))])
 def test_value_and_gradients_are_those_of_lax(
-    inputs: tuple[int, ...], outputs: tuple[int, ...], accumulated: Any, dtype: str
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    accumulated: Any,
+    dtype: str,
+    large: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(products, "_LARGE", large)
     x, kernel, slopes = arrays(inputs, outputs, jnp.dtype(dtype))
     count = len(inputs)
     dimensions: Any = ((tuple(range(2, 2 + count)), tuple(range(count))), ((), ()))

@@ -1,0 +1,113 @@
+"""Checkpoints from a copy of the state, while the next step is made."""
+
+from __future__ import annotations
+
+import pathlib
+import runpy
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coca_jax import run, sharding
+from coca_jax.train import loop, optimizer, state
+from coca_jax.train.checkpoint import Checkpoints
+from coca_jax.train.metrics import read_lines
+from coca_jax.train.snapshot import Snapshots
+from tests import pairs, saved, tiny
+
+MESH = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+C = tiny.replace(tiny.CONFIG, loss__lambda_cap=0.0, optimizer__ema_decay=0.9)
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Any:
+    made = optimizer.of_run(C, state.abstract_parameters(C))
+    with jax.set_mesh(MESH):
+        return state.abstract(C, made, MESH), lambda: state.real(C, made, MESH)
+
+
+def values(tree: Any) -> list[np.ndarray]:
+    keys = jnp.issubdtype
+    return [np.array(jax.random.key_data(x) if keys(x.dtype, jax.dtypes.prng_key) else x) for x in jax.tree.leaves(tree)]
+
+
+def test_a_copy_outlives_the_state(fresh: Any) -> None:
+    abstract, real = fresh
+    with jax.set_mesh(MESH):
+        whole, snapshots = real(), Snapshots(abstract)
+        snapshots.prepare()
+        before, taken = values(whole), snapshots.take(whole)
+        assert taken.copied and bool(taken.finite)
+        # The next step takes the state's buffers, as the loop's does.
+        after = jax.jit(lambda s: jax.tree.map(lambda x: x, s), donate_argnums=0)(whole)
+        jax.block_until_ready(after)
+        assert all(np.array_equal(a, b) for a, b in zip(before, values(taken.state), strict=True))
+        assert [x.sharding for x in jax.tree.leaves(taken.state)] == [x.sharding for x in jax.tree.leaves(abstract)]
+        taken.drop()
+        assert all(x.is_deleted() for x in jax.tree.leaves(taken.state))
+        assert not any(x.is_deleted() for x in jax.tree.leaves(after))
+
+
+@pytest.mark.parametrize("part", ["params", "opt_state", "ema"])
+def test_one_number_that_is_not_finite_is_found(fresh: Any, part: str) -> None:
+    abstract, real = fresh
+    with jax.set_mesh(MESH):
+        whole = real()
+        leaves, tree = jax.tree.flatten(getattr(whole, part))
+        at = next(i for i, leaf in enumerate(leaves) if leaf.dtype == jnp.float32 and leaf.ndim)
+        leaves[at] = jax.device_put(leaves[at].at[(0,) * leaves[at].ndim].set(jnp.nan), leaves[at].sharding)
+        assert not bool(Snapshots(abstract).take(whole.replace(**{part: jax.tree.unflatten(tree, leaves)})).finite)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    data, tokenizer = pairs.write(tmp_path_factory.mktemp("pairs"))
+    c = runpy.run_path("tests/tiny_recipe.py")["get_config"]()
+    c.data.train, c.data.tokenizer = data, str(tokenizer)
+    c.steps, c.evaluate.captions, c.loss.lambda_cap = 6, 0, 0.0
+    c.checkpoint.update(every=2, keep=5)
+    return c
+
+
+def test_the_same_is_saved_without_room_for_a_copy(
+    recipe: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run.run(recipe, str(tmp_path / "beside")) == 0
+    monkeypatch.setattr(Snapshots, "_has_room", lambda _: False)
+    assert run.run(recipe, str(tmp_path / "at once")) == 0
+    for step in (2, 4, 6):
+        beside, at_once = (saved.arrays(tmp_path / name, step) for name in ("beside", "at once"))
+        assert beside.keys() == at_once.keys() and int(beside["['step']"]) == step
+        assert all(np.array_equal(beside[name], at_once[name]) for name in beside)
+        places = [
+            (tmp_path / name / "checkpoints" / str(step) / "data" / "metadata").read_text()
+            for name in ("beside", "at once")
+        ]
+        assert places[0] == places[1]
+
+
+def test_a_checkpoint_is_written_where_the_next_step_fails(
+    recipe: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = loop.compile_step
+
+    def failing(*arguments: Any) -> Callable[..., Any]:
+        step = whole(*arguments)
+
+        def call(state: Any, batch: Any) -> Any:
+            if int(state.step) == 4:
+                raise MemoryError("step 5")
+            return step(state, batch)
+
+        return call
+
+    monkeypatch.setattr(loop, "compile_step", failing)
+    with pytest.raises(MemoryError, match="step 5"):
+        run.run(recipe, str(tmp_path / "run"))
+    with Checkpoints(tmp_path / "run") as found:
+        assert found.latest() == 4
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4]
