@@ -118,7 +118,7 @@ def test_bytes_sent_as_theory_has_them() -> None:
     assert scaling.theory(16, 4, fsdp=4, replica=1) == 3 * 48
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_device_computes_the_same_however_many_there_are(run_python) -> None:
     """Of a larger batch; and sends no more than theory says, but for what is small beside the parameters."""
     lines = {}

@@ -205,7 +205,7 @@ def train(
                 pending = (step, position, batch["index"], metrics | {"data_wait_seconds": waited})
                 if profile.after(step, metrics):
                     pause()
-                if step == first + 1:
+                if step == first + 2:
                     snapshots.prepare()
 
                 last, results = step == c.steps, None

@@ -52,19 +52,21 @@ class Snapshots:
         self._room: bool | None = None
 
     def prepare(self) -> None:
-        """Compiles the copy; to be called while the device is busy with a step."""
+        """Compiles the copy; to be called when one step is done, while the device is busy with the next."""
         if self._has_room():
             self._copy = self._copy.lower(self._abstract).compile()
 
     def take(self, state: TrainState) -> Snapshot:
         """Dispatches the copy of a state, which is there when the steps before it are made."""
+        if self._room is None:
+            jax.block_until_ready(state)
         if self._has_room():
             copy, finite = self._copy(state)
             return Snapshot(copy, finite, copied=True)
         return Snapshot(state, guards.finite(_numbers(state)), copied=False)
 
     def _has_room(self) -> bool:
-        """Asked once a step was dispatched, whose memory counts then. CPUs do not say, and have the host's memory."""
+        """Asked once, after a step, whose memory is counted then. CPUs do not say what they have: it is the host's."""
         if self._room is None:
             size = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(_numbers(self._abstract)))
             stats = [device.memory_stats() or {} for device in jax.local_devices()]

@@ -29,6 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return digits.classes(folder / "train", 0, 200), digits.classes(folder / "test", 1000, 1500)
 
 
+@pytest.mark.slow
 def test_a_linear_probe_beats_one_of_a_random_encoder_and_moves_nothing_else(
     tune: Tune, folders: tuple[str, str]
 ) -> None:
@@ -55,6 +56,7 @@ def test_a_linear_probe_beats_one_of_a_random_encoder_and_moves_nothing_else(
         coca.encode_text("a digit")
 
 
+@pytest.mark.slow
 def test_a_pooler_of_its_own_on_the_frozen_encoder(
     tune: Tune, folders: tuple[str, str], tmp_path: pathlib.Path
 ) -> None:
@@ -86,6 +88,7 @@ def test_all_weights_trained_beat_the_same_from_the_seed(tune: Tune, folders: tu
     assert not [path for path in tuned.kept("image_encoder/") if path.endswith("kernel")]
 
 
+@pytest.mark.slow
 def test_clips_are_told_apart_by_the_order_of_their_frames(tune: Tune, tmp_path: pathlib.Path) -> None:
     train, test = digits.clips(tmp_path / "train", 0, 120), digits.clips(tmp_path / "test", 1000, 1100)
     tuned = tune("video", train, test, steps=100, model__head__frames=3, optimizer__peak_lr=2e-2, batch_size=32)

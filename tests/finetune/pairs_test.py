@@ -32,6 +32,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, st
     return {"same": both("same", "the digit {}"), "new": both("new", NEW)}
 
 
+@pytest.mark.slow
 def test_captioning_is_learned_and_the_contrastive_half_lives(tune: Tune, sources: dict[str, tuple[str, str]]) -> None:
     tuned = tune("captioning", *sources["new"], steps=80, optimizer__peak_lr=3e-3)
     first, last = tuned.first, tuned.last
@@ -64,6 +65,7 @@ def test_a_higher_resolution_goes_on_from_a_lower_one(tune: Tune, sources: dict[
     assert tuned.last["test/image_to_text/r1"] > tuned.first["test/image_to_text/r1"] + 0.2, (tuned.first, tuned.last)
 
 
+@pytest.mark.slow
 def test_a_text_tower_learns_to_read_a_locked_image_tower(tune: Tune, sources: dict[str, tuple[str, str]]) -> None:
     tuned = tune(
         *("locked_image", *sources["same"]),

@@ -41,6 +41,7 @@ def wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: i
     pytest.fail(f"no step {step} in time")
 
 
+@pytest.mark.slow
 def test_the_second_run_is_refused_until_the_first_is_dead(tmp_path: pathlib.Path) -> None:
     source, tokenizer = pairs.write(tmp_path)
     c = runpy.run_path("tests/tiny_recipe.py")["get_config"]()
