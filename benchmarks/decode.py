@@ -8,8 +8,8 @@ Random weights; the end of a caption is forbidden, so that every way makes as ma
 process; figures are medians, and ratios of them. The whole decoder runs over the full length each time, as one
 compiled program must: that is what a decoder without a cache costs. With --peer, open_clip's `generate` decodes with
 the same weights in a process of its own, both from the pictures on; how many of the greedy tokens agree is printed.
-Decoding cannot be quicker than its parameters can be read: the time that takes at the measured bandwidth of a copy
-stands beside.
+Decoding cannot be quicker than its parameters and the keys and values of the pictures can be read for each token: the
+time that takes at the measured bandwidth of a copy stands beside.
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ def main() -> None:
 
     c = _configuration(args)
     model, text = c.model, c.model.text
+    queries = model.pooler.queries - (model.pooler.kind == "single")
     if not 3 <= args.length <= text.length:
         parser.error(f"--length={args.length} must lie in 3..{text.length}")
     params = jax.jit(lambda: state.init_parameters(c, jax.random.key(0)))()
@@ -143,7 +144,6 @@ def main() -> None:
     if args.peer:
         ways = {name: from_pixels(model, way) for name, way in ways.items()}
     else:
-        queries = model.pooler.queries - (model.pooler.kind == "single")
         given = jnp.asarray(rng.normal(size=(args.batch, queries, text.width)), model.dtype)
         ways = {"greedy, whole decoder each token": whole_decoder(model, args.length)} | ways
     peer = _peer(args, model, params, given) if args.peer else None
@@ -166,7 +166,8 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     decoder = params["text_decoder"]
     read = sum(x.nbytes for x in jax.tree.leaves(decoder)) - decoder["token_embedding"]["embedding"].nbytes
-    bound = (args.length - 1) * read / bandwidth
+    image = 2 * text.n_multi * args.batch * queries * text.width * jnp.dtype(model.dtype).itemsize
+    bound = (args.length - 1) * (read + image) / bandwidth
     device = f"{jax.devices()[0].device_kind} ({jax.devices()[0].platform})"
     print(
         f"{args.config or ('coca_ViT-B-32' if args.peer else 'configs/coca_base.py')}, {args.dtype}, {args.batch} "
@@ -185,7 +186,10 @@ def main() -> None:
         print(
             f"{name:34} {args.batch / median:9.2f} captions/s   {slow / median:6.2f} x   {median / bound:5.1f} x bound"
         )
-    print(f"bound: {read / 1e6:.0f} MB of decoder parameters a token at {bandwidth / 1e9:.1f} GB/s, {bound:.2f} s")
+    print(
+        f"bound: {read / 1e6:.0f} MB of decoder parameters and {image / 1e6:.0f} MB of the pictures' keys and values a "
+        f"token at {bandwidth / 1e9:.1f} GB/s, {bound:.2f} s"
+    )
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"device": device, "bandwidth": bandwidth, "ways": rows}, file, indent=2)

@@ -88,6 +88,21 @@ def attend(
     return per_shard(run, *arrays, *((part, ("batch", None)) for part in segments))
 
 
+def attend_cached(
+    query: Float[Array, "b s h k"],
+    keys: Float[Array, "b h m k"],
+    values: Float[Array, "b h m k"],
+    mask: Mask | None = None,
+) -> Float[Array, "b s h k"]:
+    """What `attend` computes, of keys and values with heads in front of positions; never differentiated."""
+    scores = jnp.einsum("bshk,bhmk->bhsm", query, keys, preferred_element_type=jnp.float32)
+    scores *= query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask.allowed, scores, -jnp.inf)
+    shares = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bhsm,bhmk->bshk", shares, values)
+
+
 def weights(query: Float[Array, "b s h k"], keys: Float[Array, "b m h k"]) -> Float[Array, "b h s m"]:
     """What `attend` weighs the values by where there is no mask, float32: for looking at, not for training."""
     scores = jnp.einsum("bshk,bmhk->bhsm", query, keys, preferred_element_type=jnp.float32)

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from coca_jax import config
-from coca_jax.model.attention import KERNEL_RESIDUALS, Mask, attend, weights
+from coca_jax.model.attention import KERNEL_RESIDUALS, Mask, attend, attend_cached, weights
 from coca_jax.model.products import dot_general
 from coca_jax.sharding import shard
 
@@ -28,15 +28,18 @@ from coca_jax.sharding import shard
 class Cache:
     """Keys and values of one decoder layer, or of a stack of them with a leading layer axis `l`.
 
+    Heads stand in front of positions, as attention reads them: XLA for CPUs otherwise turns all of them around for each
+    token, which takes twice as long as to read them and the parameters.
+
     Attributes:
-      keys, values: `[b, m, h, k]` of the tokens decoded so far; slots not yet written hold zeros.
-      cross_keys, cross_values: `[b, q, h, k]` of the image tokens, computed once per image; None in the unimodal half.
+      keys, values: `[b, h, m, k]` of the tokens decoded so far; slots not yet written hold zeros.
+      cross_keys, cross_values: `[b, h, q, k]` of the image tokens, computed once per image; None in the unimodal half.
     """
 
-    keys: Float[Array, "*l b m h k"]
-    values: Float[Array, "*l b m h k"]
-    cross_keys: Float[Array, "*l b q h k"] | None = None
-    cross_values: Float[Array, "*l b q h k"] | None = None
+    keys: Float[Array, "*l b h m k"]
+    values: Float[Array, "*l b h m k"]
+    cross_keys: Float[Array, "*l b h q k"] | None = None
+    cross_values: Float[Array, "*l b h q k"] | None = None
 
 
 def layer_norm(model: config.Model, name: str | None = None) -> nn.LayerNorm:
@@ -100,17 +103,14 @@ class Attention(nn.Module):
         """Keys and values of what is attended to."""
         return self._split(self.key(x)), self._split(self.value(x))
 
-    def attend(
+    def attend_cached(
         self,
         x: Float[Array, "b s d"],
-        keys: Float[Array, "b m h k"],
-        values: Float[Array, "b m h k"],
+        keys: Float[Array, "b h m k"],
+        values: Float[Array, "b h m k"],
         mask: Mask | None = None,
-        *,
-        is_causal: bool = False,
-        cached: bool = False,
     ) -> Float[Array, "b s d"]:
-        """Softmax in float32. Keys and values that come from a cache are read by XLA whatever is configured.
+        """Attention to what a cache holds, by XLA whatever is configured.
 
         There may be n rows of x for each row of keys, one after the other: captions of one image. They attend as more
         queries, so that what is known of the image is held and read once.
@@ -118,16 +118,7 @@ class Attention(nn.Module):
         rows, length = x.shape[:2]
         if rows != keys.shape[0]:
             x = x.reshape(keys.shape[0], -1, x.shape[2])
-        mixed = attend(
-            self._split(self.query(x)),
-            keys,
-            values,
-            mask,
-            is_causal=is_causal,
-            implementation="xla" if cached else self.model.attention,
-            recompute=self.recompute,
-        )
-        x = self.out(shard(mixed, "batch", None, "heads", None))
+        x = self._join(attend_cached(self._split(self.query(x)), keys, values, mask))
         return x if x.shape[0] == rows else x.reshape(rows, length, -1)
 
     def __call__(
@@ -137,11 +128,25 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         is_causal: bool = False,
     ) -> Float[Array, "b s d"]:
-        return self.attend(x, *self.project(x if kv is None else kv), mask=mask, is_causal=is_causal)
+        keys, values = self.project(x if kv is None else kv)
+        mixed = attend(
+            self._split(self.query(x)),
+            keys,
+            values,
+            mask,
+            is_causal=is_causal,
+            implementation=self.model.attention,
+            recompute=self.recompute,
+        )
+        return self._join(mixed)
 
     def weights(self, x: Float[Array, "b s d"], kv: Float[Array, "b m d"]) -> Float[Array, "b h s m"]:
         """What `__call__` weighs the values by."""
         return weights(self._split(self.query(x)), self._split(self.key(kv)))
+
+    def _join(self, mixed: Float[Array, "b s h k"]) -> Float[Array, "b s d"]:
+        joined: Array = self.out(shard(mixed, "batch", None, "heads", None))
+        return joined
 
     def _split(self, x: Float[Array, "b m h k"]) -> Float[Array, "b m h k"]:
         return checkpoint_name(shard(x, "batch", None, "heads", None), "qkv")
@@ -225,25 +230,36 @@ class Block(nn.Module):
             y = self.attention(y, mask=mask, is_causal=self.causal and mask is None)
         else:
             assert index is not None
-            keys, values = self.attention.project(y)
-            new = Cache(keys, values)
+            new = Cache(*heads_first(*self.attention.project(y)))
             seen = write(cache, new, index)
-            y = self.attention.attend(y, seen.keys, seen.values, mask=mask, cached=True)
+            y = self.attention.attend_cached(y, seen.keys, seen.values, mask)
         x = add(x, y)
         if self.cross:
             if self.model.text.cross_mlp:
                 x = add(x, self.self_mlp(self.self_mlp_norm(x)))
-            if image_tokens is not None:
-                if self.model.text.cross_kv_norm:
-                    image_tokens = self.cross_kv_norm(image_tokens)
-                cross = self.cross_attention.project(image_tokens)
-                if new is not None:
-                    new = dataclasses.replace(new, cross_keys=cross[0], cross_values=cross[1])
+            if image_tokens is not None and self.model.text.cross_kv_norm:
+                image_tokens = self.cross_kv_norm(image_tokens)
+            y = self.cross_norm(x)
+            if new is None:
+                assert image_tokens is not None
+                y = self.cross_attention(y, image_tokens)
             else:
-                assert cache is not None and cache.cross_keys is not None and cache.cross_values is not None
-                cross = cache.cross_keys, cache.cross_values
-            x = add(x, self.cross_attention.attend(self.cross_norm(x), *cross, cached=cache is not None))
+                if image_tokens is not None:
+                    cross = heads_first(*self.cross_attention.project(image_tokens))
+                    new = dataclasses.replace(new, cross_keys=cross[0], cross_values=cross[1])
+                else:
+                    assert cache is not None and cache.cross_keys is not None and cache.cross_values is not None
+                    cross = cache.cross_keys, cache.cross_values
+                y = self.cross_attention.attend_cached(y, *cross)
+            x = add(x, y)
         return add(x, self.mlp(self.mlp_norm(x))), new
+
+
+def heads_first(
+    keys: Float[Array, "b m h k"], values: Float[Array, "b m h k"]
+) -> tuple[Float[Array, "b h m k"], Float[Array, "b h m k"]]:
+    """Keys and values as a cache holds them."""
+    return keys.swapaxes(1, 2), values.swapaxes(1, 2)
 
 
 def add(x: Float[Array, "b s d"], y: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
@@ -256,7 +272,7 @@ def write(cache: Cache, new: Cache, index: Int[Array, ""]) -> Cache:
 
     Works on one layer and on a stack.
     """
-    axis = cache.keys.ndim - 3
+    axis = cache.keys.ndim - 2
 
     def update(old: Array, part: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(old, part.astype(old.dtype), index, axis)

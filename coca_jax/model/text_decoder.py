@@ -110,7 +110,7 @@ class TextDecoder(nn.Module):
         c = self.model.text
 
         def zeros(depth: int) -> Array:
-            return jnp.zeros((depth, batch, length, c.heads, c.width // c.heads), jnp.dtype(self.model.dtype))
+            return jnp.zeros((depth, batch, c.heads, length, c.width // c.heads), jnp.dtype(self.model.dtype))
 
         return DecoderCache(
             layers.Cache(zeros(c.n_uni), zeros(c.n_uni)),
@@ -129,7 +129,7 @@ class TextDecoder(nn.Module):
         The image tokens are given with the first step only: their keys and values stay in the cache.
         """
         assert cache.multimodal is not None  # n_multi=0 has nothing to decode with
-        s, m = tokens.shape[1], cache.unimodal.keys.shape[2]
+        s, m = tokens.shape[1], cache.unimodal.keys.shape[3]
         position = cache.index + jnp.arange(s)
         mask = Mask((jnp.arange(m)[None, :] <= position[:, None])[None, None])
         x = self.embed(tokens, cache.index)
