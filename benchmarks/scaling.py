@@ -156,7 +156,7 @@ def plot() -> list[Path]:
         axes[2].axhline(bound, color="black", linestyle=":")
     titles = ("FLOPs a device, last = 1", "memory a device, last = 1", "bytes sent / theory; dotted: bfloat16, float32")
     for axis, title in zip(axes, titles, strict=True):
-        axis.set(xlabel="devices", xscale="log", ylim=(0, None))
+        axis.set(xlabel="devices", xscale="log", ylim=(0, 1.1 * axis.get_ylim()[1]))
         axis.set_title(title, fontsize=9)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))

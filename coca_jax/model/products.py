@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-
 _LARGE = 1_000_000  # numbers of a kernel, from which on a transposed copy of its rows costs less than it gains
 
 

@@ -41,13 +41,13 @@ Evaluator = Callable[[TrainState, Callable[[], None]], dict[str, float]]
 
 
 class _Due(NamedTuple):
-    """A checkpoint that is to be written: of which step, its state, position in the data and batch, what came of the
-    evaluation there, and whether there is none to make up for."""
+    """A checkpoint that is to be written: of which step, its state, position in the data and the batch's records, what
+    came of the evaluation there, and whether there is none to make up for."""
 
     step: int
     snapshot: Snapshot
     position: int
-    index: np.ndarray
+    records: np.ndarray
     results: dict[str, float] | None
     evaluated: bool
 
@@ -137,7 +137,7 @@ def train(
             saved, place = due.snapshot.state, placed(due.position, due.evaluated)
             if not due.snapshot.finite:  # such a state is never saved
                 what = "parameters or optimiser are not finite any more"
-                raise diverged(due.step, what, due.index, saved, due.position)
+                raise diverged(due.step, what, due.records, saved, due.position)
             checkpoints.save(saved, place, identity, due.results)
 
         def settle() -> None:
@@ -156,8 +156,9 @@ def train(
                 progress.say(left_out.add(at, metrics, index))
                 for name, key in (("in_a_row", "max_in_a_row"), ("skipped", "max_skipped")):
                     if 0 < getattr(c.guard, key) <= metrics[f"guard/{name}"]:
-                        what = f"{skipped.reason(metrics)}, and config.guard.{key}={getattr(c.guard, key)} is reached"
-                        raise diverged(at, f"{what}: lower config.optimizer.peak_lr, or look at the data", index, state, position)
+                        what = f"{skipped.reason(metrics)}, and config.guard.{key}={getattr(c.guard, key)} is reached: "
+                        what += "lower config.optimizer.peak_lr, or look at the data"
+                        raise diverged(at, what, index, state, position)
             tally.check(c.data.max_bad, listed.path)
 
         def placed(position: int, evaluated: bool = True) -> dict[str, Any]:

@@ -118,9 +118,7 @@ def _begun(
 
 def abstract(c: config.Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
-    shapes = jax.eval_shape(
-        lambda params: _begun(c, optimizer, params, jax.random.key(c.seed)), abstract_parameters(c)
-    )
+    shapes = jax.eval_shape(lambda params: _begun(c, optimizer, params, jax.random.key(c.seed)), abstract_parameters(c))
     shardings = tree_shardings(shapes, shapes.params, mesh)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings

@@ -31,8 +31,8 @@ def fresh() -> Any:
 
 
 def values(tree: Any) -> list[np.ndarray]:
-    keys = jnp.issubdtype
-    return [np.array(jax.random.key_data(x) if keys(x.dtype, jax.dtypes.prng_key) else x) for x in jax.tree.leaves(tree)]
+    leaves = jax.tree.leaves(tree)
+    return [np.array(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x) for x in leaves]
 
 
 def test_a_copy_outlives_the_state(fresh: Any) -> None:
