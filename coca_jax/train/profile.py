@@ -54,7 +54,8 @@ def check_profiler() -> None:
       ConfigError: libtpu is installed, but there is no TPU: its part of JAX's profiler then ends the process (libtpu
         0.0.42 with jax 0.10.2, 0.0.52 with 0.12.0).
     """
-    if jax.default_backend() == "cpu" and not jax.config.read("jax_platforms") and importlib.util.find_spec("libtpu"):
+    settings: Any = jax.config
+    if jax.default_backend() == "cpu" and not settings.jax_platforms and importlib.util.find_spec("libtpu"):
         raise ConfigError(
             "--profile: libtpu is installed, but JAX found no TPU, and libtpu's profiler would end the process: "
             "set JAX_PLATFORMS=cpu in the environment to trace this processor"
