@@ -193,7 +193,7 @@ def test_the_flash_kernel_compiles_for_tpus(run_python) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_cache_is_read_as_it_stands(masked: bool) -> None:
-    """The same function of keys and values with heads in front of positions, which XLA for CPUs need not turn around."""
+    """The same function of keys and values with heads before positions, which XLA for CPUs does not turn around."""
     b, s, h, m, k = 3, 2, 5, 13, 8
     rng = np.random.default_rng(0)
     query, keys, values = (jnp.asarray(rng.normal(size=(b, n, h, k)), jnp.float32) for n in (s, m, m))
