@@ -97,6 +97,7 @@ def test_a_mixture_may_change_its_weights_and_nothing_else(recipe: Any, tmp_path
     assert "config.data.train=" in said and "was begun with" in said and "put it back" in said
 
 
+@pytest.mark.slow
 def test_weights_that_change_on_the_way_hold_from_there_on(
     recipe: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -272,6 +272,7 @@ PROGRAM = """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc, whose malloc this is about")
+@pytest.mark.slow
 def test_what_a_step_frees_is_kept_for_the_next(run_python: RunPython) -> None:
     def pages_taken_anew(switch: str) -> tuple[str, int]:
         environment = {"JAX_PLATFORMS": "cpu", compiler.KEEP_MEMORY: switch}

@@ -210,6 +210,7 @@ def test_a_captioner_has_no_contrastive_half(recipe: Any, tmp_path: pathlib.Path
         coca.encode_text("a red dot")
 
 
+@pytest.mark.slow
 def test_captions_of_every_kind_with_their_scores(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coca = coca_jax.load(workdir)
     passes, pool = [], CoCa._pool

@@ -58,6 +58,7 @@ def finetuning(recipe: Any, checkpoint: pathlib.Path) -> Any:
     return c
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_a_checkpoint_at_another_resolution_and_goes_on_without_it(
     recipe: Any, workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,7 +152,7 @@ def test_each_source_has_its_own_epochs(specs: list[str], small_tokenizer) -> No
     assert mixture.epochs(counts) == {f"data/epochs/{n}": len(read[n]) / len(mixture.sources[n]) for n in range(3)}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_mixture_goes_on_where_it_stopped_with_other_weights(specs: list[str], small_tokenizer, workers: int) -> None:
     mixture = open_mixture(f"0.5 * {specs[0]} + 0.5 * {specs[1]}")
     before = stream(mixture, small_tokenizer, 6)

@@ -102,6 +102,7 @@ def test_clips_are_told_apart_by_the_order_of_their_frames(tune: Tune, tmp_path:
     assert np.mean([row[0].name == ("right" if i % 2 else "left") for i, row in enumerate(found)]) == top1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_classified_is_said(
     tune: Tune, pretrained: pathlib.Path, folders: tuple[str, str], tmp_path: pathlib.Path
 ) -> None:

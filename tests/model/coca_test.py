@@ -125,6 +125,7 @@ def test_cached_decoding_equals_teacher_forcing(model: config.Model) -> None:
         np.testing.assert_allclose(logits[:, 0], whole.logits[:, at], **CLOSE)
 
 
+@pytest.mark.slow
 def test_scan_unrolling_and_rematerialisation_change_nothing() -> None:
     params, images = tiny.parameters(tiny.MODEL), tiny.images(tiny.MODEL, 2)
     tokens = tiny.tokens(tiny.MODEL, [9, 5])

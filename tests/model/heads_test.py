@@ -125,6 +125,7 @@ def check_devices() -> None:
             same(compute(tiny.replace(c, microbatches=count), put, rows), wanted)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(run_python) -> None:
     run_python(check_devices, timeout=290)
 

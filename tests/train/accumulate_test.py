@@ -180,6 +180,7 @@ def check_all_axes_with_the_sigmoid() -> None:
     check_mesh(weighted(1.0, 2.0, "sigmoid", loss__contrastive_tile=4), (2, 2, 2))
 
 
+@pytest.mark.slow
 def test_eight_devices_in_microbatches_equal_one_at_once(run_python) -> None:
     run_python(check_replica_fsdp_tensor, timeout=290)
 
