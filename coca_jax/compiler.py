@@ -190,15 +190,18 @@ def keep_memory() -> bool:
     default: the process never gives anything back, and as long as the block that a program left is a few bytes too
     small for its next call, it takes another (up to five were seen).
 
-    To be called before JAX is imported. Does nothing without glibc.
+    To be called before JAX is imported. Without glibc it does nothing but say so.
 
     Returns:
       Whether it is kept.
     """
-    if os.environ.get(KEEP_MEMORY, "").lower() not in ("on", "1", "true", "yes") or sys.platform != "linux":
+    if os.environ.get(KEEP_MEMORY, "").lower() not in ("on", "1", "true", "yes"):
         return False
-    libc = ctypes.CDLL(None)
-    return hasattr(libc, "mallopt") and all(libc.mallopt(option, value) == 1 for option, value in _MALLOPT)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    kept = mallopt is not None and all(mallopt(option, value) == 1 for option, value in _MALLOPT)
+    if not kept:
+        print(f"{KEEP_MEMORY} has no effect: it needs Linux with glibc's malloc", file=sys.stderr)
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------

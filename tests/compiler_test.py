@@ -283,3 +283,14 @@ def test_what_a_step_frees_is_kept_for_the_next(run_python: RunPython) -> None:
     assert kept == "True" and faults < 160  # of 16,384 that the array has, of 4 KiB
     kept, without = pages_taken_anew("")
     assert kept == "False" and without > faults + 10  # 32 where the system has pages of 2 MiB
+
+
+def test_memory_that_cannot_be_kept_is_said(
+    environment: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiler.sys, "platform", "darwin")
+    environment.setenv(compiler.KEEP_MEMORY, "on")
+    assert not compiler.keep_memory()
+    assert "COCA_JAX_KEEP_MEMORY has no effect: it needs Linux" in capsys.readouterr().err
+    environment.delenv(compiler.KEEP_MEMORY)
+    assert not compiler.keep_memory() and not capsys.readouterr().err  # nobody asked
