@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -66,13 +67,25 @@ class Snapshots:
         return Snapshot(state, guards.finite(_numbers(state)), copied=False)
 
     def _has_room(self) -> bool:
-        """Asked once, after a step, whose memory is counted then. CPUs do not say what they have: it is the host's."""
+        """Asked once, after a step, whose memory is counted then."""
         if self._room is None:
             size = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(_numbers(self._abstract)))
-            stats = [device.memory_stats() or {} for device in jax.local_devices()]
-            free = [one["bytes_limit"] - one["peak_bytes_in_use"] for one in stats if "bytes_limit" in one]
-            self._room = all(gather(min(free, default=math.inf) > _MARGIN * size))
+            self._room = all(gather(free_bytes() > _MARGIN * size))
         return self._room
+
+
+def free_bytes() -> float:
+    """What is left at the peak of each of this process's devices, the least of them; infinite where nobody can tell.
+
+    CPU devices share what their host has available (Linux says), of which Orbax takes a copy too.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    free = [float(one["bytes_limit"] - one["peak_bytes_in_use"]) for one in stats if "bytes_limit" in one]
+    memory = Path("/proc/meminfo")
+    if not free and memory.exists():
+        available = next(line for line in memory.read_text().splitlines() if line.startswith("MemAvailable:"))
+        free.append(1024 * int(available.split()[1]) / 2 / len(stats))
+    return min(free, default=math.inf)
 
 
 def _copied(state: TrainState) -> tuple[TrainState, Bool[Array, ""]]:

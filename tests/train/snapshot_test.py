@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from coca_jax import run, sharding
-from coca_jax.train import loop, optimizer, state
+from coca_jax.train import loop, optimizer, snapshot, state
 from coca_jax.train.checkpoint import Checkpoints
 from coca_jax.train.metrics import read_lines
 from coca_jax.train.snapshot import Snapshots
@@ -77,8 +77,17 @@ def test_the_same_is_saved_without_room_for_a_copy(
     recipe: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run.run(recipe, str(tmp_path / "beside")) == 0
-    monkeypatch.setattr(Snapshots, "_has_room", lambda _: False)
+    taken = []
+    whole = Snapshots.take
+
+    def noted(self: Snapshots, state: Any) -> Any:
+        taken.append(whole(self, state))
+        return taken[-1]
+
+    monkeypatch.setattr(Snapshots, "take", noted)
+    monkeypatch.setattr(snapshot, "free_bytes", lambda: 1e4)
     assert run.run(recipe, str(tmp_path / "at once")) == 0
+    assert [one.copied for one in taken] == [False] * 3
     for step in (2, 4, 6):
         beside, at_once = (saved.arrays(tmp_path / name, step) for name in ("beside", "at once"))
         assert beside.keys() == at_once.keys() and int(beside["['step']"]) == step
@@ -111,3 +120,11 @@ def test_a_checkpoint_is_written_where_the_next_step_fails(
     with Checkpoints(tmp_path / "run") as found:
         assert found.latest() == 4
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/meminfo").exists(), reason="only Linux tells what the host has")
+def test_room_is_what_the_host_has() -> None:
+    """No more than half of it, shared by the devices."""
+    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    total = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemTotal:"))
+    assert 0 < snapshot.free_bytes() <= total / 2 / jax.local_device_count()
