@@ -76,27 +76,47 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_the_same_is_saved_without_room_for_a_copy(
     recipe: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With a copy the next step is dispatched before the checkpoint is written, and the device need not wait for it."""
+    events: list[str] = []
+    take, save, compile_step = Snapshots.take, Checkpoints.save, loop.compile_step
+
+    def noted_take(self: Snapshots, state: Any) -> Any:
+        taken = take(self, state)
+        events.append("copied" if taken.copied else "not copied")
+        return taken
+
+    def noted_save(self: Checkpoints, state: Any, *rest: Any) -> None:
+        events.append(f"save {int(state.step)}")
+        save(self, state, *rest)
+
+    def noted_step(*arguments: Any) -> Callable[..., Any]:
+        step = compile_step(*arguments)
+
+        def call(state: Any, batch: Any) -> Any:
+            events.append(f"step {int(state.step) + 1}")
+            return step(state, batch)
+
+        return call
+
+    monkeypatch.setattr(Snapshots, "take", noted_take)
+    monkeypatch.setattr(Checkpoints, "save", noted_save)
+    monkeypatch.setattr(loop, "compile_step", noted_step)
     assert run.run(recipe, str(tmp_path / "beside")) == 0
-    taken = []
-    whole = Snapshots.take
-
-    def noted(self: Snapshots, state: Any) -> Any:
-        taken.append(whole(self, state))
-        return taken[-1]
-
-    monkeypatch.setattr(Snapshots, "take", noted)
+    assert " ".join(events) == (
+        "step 1 step 2 copied step 3 save 2 step 4 copied step 5 save 4 step 6 copied save 6"  # nothing comes after 6
+    )
+    events.clear()
     monkeypatch.setattr(snapshot, "free_bytes", lambda: 1e4)
     assert run.run(recipe, str(tmp_path / "at once")) == 0
-    assert [one.copied for one in taken] == [False] * 3
+    assert " ".join(events) == (
+        "step 1 step 2 not copied save 2 step 3 step 4 not copied save 4 step 5 step 6 not copied save 6"
+    )
     for step in (2, 4, 6):
         beside, at_once = (saved.arrays(tmp_path / name, step) for name in ("beside", "at once"))
         assert beside.keys() == at_once.keys() and int(beside["['step']"]) == step
         assert all(np.array_equal(beside[name], at_once[name]) for name in beside)
-        places = [
-            (tmp_path / name / "checkpoints" / str(step) / "data" / "metadata").read_text()
-            for name in ("beside", "at once")
-        ]
-        assert places[0] == places[1]
+        files = [tmp_path / name / "checkpoints" / str(step) / "data" / "metadata" for name in ("beside", "at once")]
+        assert files[0].read_text() == files[1].read_text()  # the place in the data
 
 
 def test_a_checkpoint_is_written_where_the_next_step_fails(
