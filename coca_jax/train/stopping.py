@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import gc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType, TracebackType
@@ -53,6 +53,7 @@ class Stopping:
         self._requests: list[int] = []
         self._polls, self._agreed = 0, False
         self._before: dict[signal.Signals, Any] = {}
+        self._unraisable_before: Any = None
         self._pipe: tuple[int, int] | None = None
         self._done = threading.Event()
 
@@ -74,6 +75,7 @@ class Stopping:
             # With several processes SIGTERM is JAX's.
             for name in (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT):
                 self._before[name] = signal.signal(name, self._note)
+            self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
             if not self._several:
                 # Written by Python's handler in C, while the main thread may be anywhere.
                 self._pipe = os.pipe()
@@ -89,15 +91,10 @@ class Stopping:
             os.write(self._pipe[1], b"\0")
         for name, handler in self._before.items():
             signal.signal(name, handler)
+        if self._before:
+            sys.unraisablehook = self._unraisable_before
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if frame and any(getattr(callback, "__code__", None) is frame.f_code for callback in gc.callbacks):
-            # What is raised in a callback of the garbage collector (JAX has one, the first of Python that runs after a
-            # compilation often) is printed and forgotten. A moment later the main thread is elsewhere.
-            again = threading.Timer(0.05, _thread.interrupt_main, [number])
-            again.daemon = True
-            again.start()
-            return
         if self._requests and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._requests.append(number)
@@ -105,6 +102,17 @@ class Stopping:
             signal.raise_signal(signal.SIGTERM)
         elif not self.unsaved:
             raise Stopped(_NOTHING)
+
+    def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
+        """What is raised in a callback of the garbage collector or of a weak reference, or in a `__del__`, is printed
+        and forgotten; JAX has such callbacks, and after a compilation one is often the first of Python that runs. Of
+        ours it is forgotten in silence, and raised again a moment later, when the main thread is elsewhere.
+        """
+        if not isinstance(lost.exc_value, Stopped):
+            return self._unraisable_before(lost)
+        again = threading.Timer(0.05, _thread.interrupt_main, [signal.SIGTERM])
+        again.daemon = True
+        again.start()
 
     def _wait(self) -> None:
         """In a thread of its own: until a signal comes, and then as long as the process may take."""
