@@ -147,7 +147,7 @@ def plot() -> list[Path]:
         lines = results[name]
         devices = [line["devices"] for line in lines]
         label = "quickstart, virtual CPU devices, fsdp" if name == "cpu" else "coca_base, TPU v4, fsdp 16 x replicas"
-        for axis, key in zip(axes, ("tflops", "memory_gib"), strict=False):
+        for axis, key in zip(axes[:2], ("tflops", "memory_gib"), strict=True):
             axis.plot(devices, [line[key] / lines[-1][key] for line in lines], style, label=label)
         # Of what theory has in float32: there are two lines because a compiler may send half of it, in bfloat16.
         ratios = [line["sent_mb"] / line["theory_mb"] if line["theory_mb"] else 1.0 for line in lines]

@@ -96,7 +96,7 @@ def run_once(cache: str, arguments: list[str]) -> dict[str, Any]:
     """One start with a folder of compiled programs."""
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "-m", "benchmarks.startup", "--child", str(time.monotonic()), *arguments]
-        environment = {"JAX_PLATFORMS": platforms(), **os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
+        environment = {**os.environ, "JAX_PLATFORMS": platforms(), "JAX_COMPILATION_CACHE_DIR": cache}
         environment["TF_CPP_MIN_LOG_LEVEL"] = "2"
         done = subprocess.run(
             [*command, f"--workdir={workdir}/run"], cwd=REPOSITORY, env=environment, capture_output=True, text=True

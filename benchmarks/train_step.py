@@ -59,7 +59,7 @@ def configuration(args: argparse.Namespace, changes: str = "") -> tuple[dict[str
     model = dataclasses.replace(model_config(sizes), dtype=args.dtype)
     c = config.Config(model=model, batch_size=args.batch, steps=1000, optimizer=config.Optimizer(name="adamw"))
     values: dict[str, Any] = dataclasses.asdict(c)
-    environment = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "") or platforms()}
+    environment = {"JAX_PLATFORMS": platforms()}
     environment |= {compiler.KEEP_MEMORY: os.environ.get(compiler.KEEP_MEMORY, "on")}
     for change in shlex.split(changes):
         key, equals, value = change.partition("=")

@@ -83,10 +83,12 @@ def take_turns(workers: Sequence[Worker], rounds: int, **request: Any) -> dict[s
 
 
 def platforms() -> str:
-    """What JAX may start, for `JAX_PLATFORMS` where that is not set: a GPU where its plugin is, else the CPU. libtpu
-    alone, to compile with, is no TPU; on one, set JAX_PLATFORMS=tpu."""
+    """What JAX may start: what `JAX_PLATFORMS` says, else a GPU where its plugin is, else the CPU. libtpu alone, to
+    compile with, is no TPU; on one, set JAX_PLATFORMS=tpu."""
     from coca_jax import compiler  # not in the peer's process
 
+    if asked := os.environ.get("JAX_PLATFORMS"):
+        return asked
     return "cuda,cpu" if "gpu" in compiler.found_platforms() else "cpu"
 
 

@@ -40,7 +40,7 @@ def main() -> None:
             f"--config.checkpoint.every={(first + last) // 2 if args.checkpoint else args.steps + 1}",
             *args.more,
         ]
-        environment = {"JAX_PLATFORMS": platforms(), **os.environ}
+        environment = {**os.environ, "JAX_PLATFORMS": platforms()}
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"error: the run ended with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")

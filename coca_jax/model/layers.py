@@ -29,7 +29,7 @@ class Cache:
     """Keys and values of one decoder layer, or of a stack of them with a leading layer axis `l`.
 
     Heads stand in front of positions, as attention reads them: XLA for CPUs otherwise turns all of them around for each
-    token, which takes twice as long as to read them and the parameters.
+    token, which was two fifths of greedy decoding's time (docs/log.md).
 
     Attributes:
       keys, values: `[b, h, m, k]` of the tokens decoded so far; slots not yet written hold zeros.

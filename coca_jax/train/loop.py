@@ -232,7 +232,8 @@ def train(
             checkpoints.wait()
             stop.unsaved = False
         except Exception:
-            if to_save:  # the step after it could not be made
+            # The step after it could not be made. Several processes might not all come here, and would wait for ever.
+            if to_save and jax.process_count() == 1:
                 save(to_save)
             raise
         finally:

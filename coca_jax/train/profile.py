@@ -51,8 +51,8 @@ def check_profiler() -> None:
     """To be called before a trace is started, where an error still can be said.
 
     Raises:
-      ConfigError: libtpu is installed, but there is no TPU: its part of JAX's profiler then ends the process (libtpu
-        0.0.42 with jax 0.10.2, 0.0.52 with 0.12.0).
+      ConfigError: libtpu is installed, but there is no TPU: its part of JAX's profiler then ends the process (seen
+        with libtpu 0.0.52 and jax 0.10.2).
     """
     settings: Any = jax.config
     if jax.default_backend() == "cpu" and not settings.jax_platforms and importlib.util.find_spec("libtpu"):
