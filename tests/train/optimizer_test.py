@@ -13,7 +13,7 @@ from coca_jax import config
 from coca_jax.config import ConfigError
 from coca_jax.sharding import path_of
 from coca_jax.train import frozen, rounding, state
-from coca_jax.train.optimizer import make_optimizer, matching, matrices, schedule
+from coca_jax.train.optimizer import clipped, make_optimizer, matching, matrices, schedule
 from tests import tiny
 
 
@@ -119,6 +119,15 @@ def test_adafactor_is_the_recipe() -> None:
         gradients = {"image_projection": {"kernel": jnp.asarray(gradient, jnp.float32)}}
         got, opt_state = tx.update(gradients, opt_state, params)
         np.testing.assert_allclose(got["image_projection"]["kernel"], -momentum, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [0.5, 100.0])  # clipped, and not
+def test_clipping_is_that_of_optax(norm: float) -> None:
+    gradients = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.array([-2.0])}
+    found, _ = clipped(norm).update(gradients, optax.EmptyState())
+    wanted, _ = optax.clip_by_global_norm(norm).update(gradients, optax.EmptyState())
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=3e-7 if norm < 1 else 0)  # two roundings instead of one and another
 
 
 def test_gradients_are_clipped_to_the_global_norm() -> None:
