@@ -13,61 +13,65 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from coca_jax import config
+from coca_jax.model import layers
 from coca_jax.model.coca import CoCa
-from coca_jax.model.layers import Cache
 from coca_jax.model.text_decoder import DecoderCache
 
 
-@dataclasses.dataclass(frozen=True)
 class Decoder:
     """Starts with the part of the prompt that every row has, then goes on by one token.
 
+    The start is made of the model's stacked layers, all that comes after of layers that are held `apart`: the decoder's
+    parameters lie in memory twice meanwhile, and are read once for each token.
+
     Attributes:
-      model: configuration.
-      params: of the model.
       length: positions of the cache.
     """
 
-    model: config.Model
-    params: Any
-    length: int
+    def __init__(self, model: config.Model, params: Any, length: int):
+        """Of a model's configuration and parameters; to be made outside the loop over tokens."""
+        self.length = length
+        self._stacked = model, params
+        text, halves = model.text, dict(params["text_decoder"])
+        for name, depth in (("unimodal", text.n_uni), ("multimodal", text.n_multi)):
+            blocks = layers.apart(halves[name]["blocks"], depth)
+            halves[name] = {"blocks": {str(layer): params for layer, params in enumerate(blocks)}}
+        model = dataclasses.replace(model, text=dataclasses.replace(text, scan_unroll=-1))
+        self._apart = model, {**params, "text_decoder": halves}
 
     def start(
         self, prompt: Int[Array, "b p"], image_tokens: Float[Array, "b q d"], rows: int
     ) -> tuple[Float[Array, "n v"], DecoderCache]:
         """Logits after the prompt for `rows` captions of each picture, whose image keys and values are held once."""
-        variables = {"params": self.params}
-        made: Any = CoCa(self.model).apply(variables, prompt, image_tokens, self.length, method="prefill")
+        model, params = self._stacked
+        made: Any = CoCa(model).apply({"params": params}, prompt, image_tokens, self.length, method="prefill")
         logits, cache = made
-        return jnp.repeat(logits[:, -1], rows, axis=0), repeat(cache, rows)
+        text = model.text
+        cache = dataclasses.replace(
+            cache,
+            unimodal=layers.apart(cache.unimodal, text.n_uni),
+            multimodal=layers.apart(cache.multimodal, text.n_multi),
+        )
+        return jnp.repeat(logits[:, -1], rows, axis=0), _own(cache, lambda x: jnp.repeat(x, rows, axis=0))
 
     def step(self, tokens: Int[Array, " n"], cache: DecoderCache) -> tuple[Float[Array, "n v"], DecoderCache]:
         """Logits after one more token of each row."""
-        variables = {"params": self.params}
-        made: Any = CoCa(self.model).apply(variables, tokens[:, None], cache, method="decode_step")
+        model, params = self._apart
+        made: Any = CoCa(model).apply({"params": params}, tokens[:, None], cache, method="decode_step")
         logits, cache = made
         return logits[:, 0], cache
 
 
-def repeat(cache: DecoderCache, rows: int) -> DecoderCache:
-    """A cache with each row's keys and values `rows` times; those of the image stay as they are."""
-    return _own(cache, lambda x: jnp.repeat(x, rows, axis=1))
-
-
 def take(cache: DecoderCache, rows: Int[Array, " n"]) -> DecoderCache:
     """The cache of other rows; those of the image stay, so a row must come from the same picture."""
-    return _own(cache, lambda x: jnp.take(x, rows, axis=1))
+    return _own(cache, lambda x: jnp.take(x, rows, axis=0))
 
 
 def _own(cache: DecoderCache, change: Any) -> DecoderCache:
-    def of(half: Cache | None) -> Cache | None:
-        if half is None:
-            return None
-        return dataclasses.replace(half, keys=change(half.keys), values=change(half.values))
+    def of(half: Any) -> Any:
+        return tuple(dataclasses.replace(c, keys=change(c.keys), values=change(c.values)) for c in half)
 
-    unimodal = of(cache.unimodal)
-    assert unimodal is not None
-    return dataclasses.replace(cache, unimodal=unimodal, multimodal=of(cache.multimodal))
+    return dataclasses.replace(cache, unimodal=of(cache.unimodal), multimodal=of(cache.multimodal))
 
 
 def buffer(prompt: Int[Array, "b p"], rows: int, length: int, pad_id: int) -> Int[Array, "n t"]:

@@ -125,7 +125,6 @@ def functions(weights: Weights, *, dtype: str = "", scan: bool = True) -> list[F
     def prefill(params: FlatParameters, tokens: jax.Array, image_tokens: jax.Array) -> tuple[jax.Array, ...]:
         image_tokens = image_tokens.astype(jnp.dtype(model.dtype))
         logits, cache = apply(params, tokens, image_tokens, t, method="prefill")
-        assert cache.multimodal is not None
         return (logits, *_growing(cache), cache.multimodal.cross_keys, cache.multimodal.cross_values)
 
     def decode_step(params: FlatParameters, tokens: jax.Array, *cache_and_index: jax.Array) -> tuple[jax.Array, ...]:
@@ -153,8 +152,9 @@ def functions(weights: Weights, *, dtype: str = "", scan: bool = True) -> list[F
 
 
 def _growing(cache: DecoderCache) -> tuple[jax.Array, ...]:
-    assert cache.multimodal is not None
-    return cache.unimodal.keys, cache.unimodal.values, cache.multimodal.keys, cache.multimodal.values
+    unimodal, multimodal = cache.unimodal, cache.multimodal
+    assert isinstance(unimodal, layers.Cache) and isinstance(multimodal, layers.Cache)  # stacked, as they came in
+    return unimodal.keys, unimodal.values, multimodal.keys, multimodal.values
 
 
 def _described(

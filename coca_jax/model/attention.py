@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from coca_jax.model import heads_first
 from coca_jax.sharding import per_shard
 
 if TYPE_CHECKING:
@@ -67,10 +68,8 @@ def attend(
     """
     if implementation == "xla":
         allowed = None if mask is None else mask.allowed
-        if not recompute:
-            return jax.nn.dot_product_attention(query, keys, values, mask=allowed, is_causal=is_causal)
-        core = functools.partial(jax.nn.dot_product_attention, is_causal=is_causal)
-        return jax.checkpoint(lambda q, k, v, m: core(q, k, v, mask=m))(query, keys, values, allowed)
+        core = functools.partial(_xla, is_causal=is_causal)
+        return (jax.checkpoint(core) if recompute else core)(query, keys, values, allowed)
     arrays = ((query, _AXES), (keys, _AXES), (values, _AXES))
     if implementation == "cudnn":
         allowed = None
@@ -88,25 +87,23 @@ def attend(
     return per_shard(run, *arrays, *((part, ("batch", None)) for part in segments))
 
 
-def attend_cached(
-    query: Float[Array, "b s h k"],
-    keys: Float[Array, "b h m k"],
-    values: Float[Array, "b h m k"],
-    mask: Mask | None = None,
-) -> Float[Array, "b s h k"]:
-    """What `attend` computes, of keys and values with heads in front of positions; never differentiated."""
-    scores = jnp.einsum("bshk,bhmk->bhsm", query, keys, preferred_element_type=jnp.float32)
-    scores *= query.shape[-1] ** -0.5
-    if mask is not None:
-        scores = jnp.where(mask.allowed, scores, -jnp.inf)
-    shares = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bhsm,bhmk->bshk", shares, values)
-
-
 def weights(query: Float[Array, "b s h k"], keys: Float[Array, "b m h k"]) -> Float[Array, "b h s m"]:
     """What `attend` weighs the values by where there is no mask, float32: for looking at, not for training."""
     scores = jnp.einsum("bshk,bmhk->bhsm", query, keys, preferred_element_type=jnp.float32)
     return jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
+
+
+def _xla(
+    query: Float[Array, "b s h k"],
+    keys: Float[Array, "b m h k"],
+    values: Float[Array, "b m h k"],
+    allowed: Bool[Array, "*b 1 s m"] | None,
+    *,
+    is_causal: bool,
+) -> Float[Array, "b s h k"]:
+    if query.dtype == jnp.float32:
+        return heads_first.attend(query, keys, values, allowed, is_causal=is_causal)
+    return jax.nn.dot_product_attention(query, keys, values, mask=allowed, is_causal=is_causal)
 
 
 def _cudnn(

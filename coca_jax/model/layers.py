@@ -19,8 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from coca_jax import config
-from coca_jax.model.attention import KERNEL_RESIDUALS, Mask, attend, attend_cached, weights
-from coca_jax.model.products import dot_general
+from coca_jax.model.attention import KERNEL_RESIDUALS, Mask, attend, weights
+from coca_jax.model.heads_first import attend_cached
+from coca_jax.model.products import Dense
 from coca_jax.sharding import shard
 
 
@@ -63,16 +64,14 @@ def dense(
     inputs: int = 1,
     use_bias: bool = True,
     name: str | None = None,
-) -> nn.DenseGeneral:
+) -> Dense:
     """A product over the last `inputs` axes, which become `outputs`, and a bias; Glorot-uniform at first."""
-    return nn.DenseGeneral(
+    return Dense(
         outputs,
-        axis=tuple(range(-inputs, 0)),
+        inputs=inputs,
         use_bias=use_bias,
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
-        kernel_init=nn.initializers.glorot_uniform(),  # sees the kernel as a matrix
-        dot_general=dot_general,
         name=name,
     )
 
@@ -118,7 +117,8 @@ class Attention(nn.Module):
         rows, length = x.shape[:2]
         if rows != keys.shape[0]:
             x = x.reshape(keys.shape[0], -1, x.shape[2])
-        x = self._join(attend_cached(self._split(self.query(x)), keys, values, mask))
+        allowed = None if mask is None else mask.allowed
+        x = self._join(attend_cached(self._split(self.query(x)), keys, values, allowed))
         return x if x.shape[0] == rows else x.reshape(rows, length, -1)
 
     def __call__(
@@ -152,6 +152,22 @@ class Attention(nn.Module):
         return checkpoint_name(shard(x, "batch", None, "heads", None), "qkv")
 
 
+def gelu(x: Float[Array, "*b f"], approximate: bool) -> Float[Array, "*b f"]:
+    """`x Phi(x)` (Hendrycks and Gimpel 2016, arXiv 1606.08415), or its approximation by tanh.
+
+    By erf in float32, as PyTorch has it: JAX's own is by erfc, which is more exact where the result is nearly 0, and
+    took XLA for CPUs three times as long. Its derivative is computed again from x: autodiff would keep three more
+    arrays of this size.
+    """
+
+    def by_erf(x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        return (0.5 * wide * (1 + jax.lax.erf(wide * 2**-0.5))).astype(x.dtype)
+
+    function = functools.partial(jax.nn.gelu, approximate=True) if approximate else by_erf
+    return jax.checkpoint(function, prevent_cse=False)(x)
+
+
 class Mlp(nn.Module):
     """`down(gelu(up(x)))`."""
 
@@ -162,9 +178,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         x = shard(dense(self.model, (self.mlp_dim,), name="up")(x), "batch", None, "mlp")
-        # Its derivative is computed again from x: autodiff would keep three more arrays of this size.
-        x = jax.checkpoint(functools.partial(jax.nn.gelu, approximate=self.model.gelu == "tanh"), prevent_cse=False)(x)
-        return dense(self.model, (self.width,), name="down")(x)
+        return dense(self.model, (self.width,), name="down")(gelu(x, self.model.gelu == "tanh"))
 
 
 class Block(nn.Module):
@@ -345,9 +359,11 @@ def stack(
 
 
 class Loop(nn.Module):
-    """What `stack` computes, of its parameters, as a Python loop: for programs to which a scan cannot be translated.
+    """What `stack` computes, of its parameters, as a Python loop: for programs to which a scan cannot be translated, or
+    which hold the layers `apart`.
 
-    Only applied, never initialised.
+    Only applied, never initialised. Parameters are stacked, or each layer's under its number; the cache is stacked or a
+    tuple of each layer's, and what comes back is like it.
 
     Attributes:
       model: configuration.
@@ -359,15 +375,28 @@ class Loop(nn.Module):
     depth: int
     block: Mapping[str, Any]
 
-    def __call__(self, x: Float[Array, "b s d"], cache: Cache | None, *rest: Any) -> tuple[Any, Cache | None]:
-        block = Block(self.model, **self.block, parent=None)
-        outputs = []
-        for layer in range(self.depth):
-            params = jax.tree.map(operator.itemgetter(layer), self.variables["params"])
-            old = jax.tree.map(lambda x, at=layer: jax.lax.index_in_dim(x, at, keepdims=False), cache)
-            x, new = block.apply({"params": params}, x, old, *rest)
+    def __call__(
+        self, x: Float[Array, "b s d"], cache: Cache | tuple[Cache, ...] | None, *rest: Any
+    ) -> tuple[Any, Cache | tuple[Cache, ...] | None]:
+        block, held = Block(self.model, **self.block, parent=None), self.variables["params"]
+        params: Any = [held[str(layer)] for layer in range(self.depth)] if "0" in held else apart(held, self.depth)
+        caches = cache if isinstance(cache, tuple) else apart(cache, self.depth)
+        outputs: list[Any] = []
+        for layer_params, old in zip(params, caches, strict=True):
+            x, new = block.apply({"params": layer_params}, x, old, *rest)
             outputs.append(new)
+        if isinstance(cache, tuple):
+            return x, tuple(outputs)
         return x, jax.tree.map(lambda *leaves: jnp.concatenate([leaf[None] for leaf in leaves]), *outputs)
+
+
+def apart(stacked: Any, depth: int) -> tuple[Any, ...]:
+    """The layers of a stack's parameters or cache, each in arrays of its own.
+
+    A loop that goes through the layers again and again, as decoding does for each token, then reads them where they
+    are. Out of a stack XLA for CPUs copies each layer first, every time: as much memory traffic again, twice over.
+    """
+    return tuple(jax.tree.map(operator.itemgetter(layer), stacked) for layer in range(depth))
 
 
 def sincos(positions: Float[Array, " n"], width: int) -> Float[Array, "n d"]:

@@ -6,72 +6,112 @@ import functools
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
-_LARGE = 1_000_000  # numbers of a kernel, from which on a transposed copy of its rows costs less than it gains
+_WIDE = 512  # columns of a kernel, from which on a transposed copy of its rows' inputs gains more than it costs
 
 
-def dot_general(
-    x: jax.Array,
-    kernel: jax.Array,
-    dimension_numbers: Any = None,
-    precision: None = None,
-    preferred_element_type: Any = None,
-) -> jax.Array:
-    """`lax.dot_general` over the last axes of x and the first of the kernel (one of each if nothing is said), as Flax's
-    DenseGeneral takes it.
+class Dense(nn.Module):
+    """`x kernel + bias` over the last axes of x; the kernel is Glorot-uniform as a matrix, the bias 0 at first.
 
-    Value and gradients are those of `lax.dot_general`. On CPUs the backward pass is made of matrices: XLA for CPUs
-    (jaxlib 0.10 to 0.12) otherwise transposes and copies the gradient of the result and the kernel in front of each
-    product, on one core. On TPUs it would be the flattening that copies, where the tokens of a row do not fill tiles.
+    Parameters: kernel `[*inputs, *outputs]` and bias `[*outputs]`, as those of Flax's DenseGeneral.
+
+    Attributes:
+      outputs: the axes that take the place of x's last ones.
+      inputs: how many axes of x are summed up over.
+      use_bias: there is a bias.
+      dtype: of the product and the result.
+      param_dtype: of the parameters.
     """
-    assert precision is None
-    count = 1
-    if dimension_numbers is not None:
-        (x_axes, kernel_axes), batch_axes = dimension_numbers
-        count = len(x_axes)
-        assert tuple(x_axes) == tuple(range(x.ndim - count, x.ndim)) and not any(batch_axes), dimension_numbers
-        assert tuple(kernel_axes) == tuple(range(count)), dimension_numbers
-    return _product(count, preferred_element_type, x, kernel)
+
+    outputs: tuple[int, ...]
+    inputs: int = 1
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*x"]) -> Float[Array, "*y"]:
+        shape = (*x.shape[-self.inputs :], *self.outputs)
+        matrix = math.prod(shape[: self.inputs]), math.prod(self.outputs)
+
+        def glorot(rng: Array) -> Array:
+            return nn.initializers.glorot_uniform()(rng, matrix, self.param_dtype).reshape(shape)
+
+        kernel = self.param("kernel", glorot).astype(self.dtype)
+        if not self.use_bias:
+            return dot(x.astype(self.dtype), kernel, self.inputs)
+        bias = self.param("bias", nn.initializers.zeros_init(), self.outputs, self.param_dtype)
+        return dot(x.astype(self.dtype), kernel, self.inputs, bias=bias.astype(self.dtype))
 
 
-def _plain(count: int, dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    axes = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
+def dot(
+    x: Float[Array, "*x"],
+    kernel: Float[Array, "*inputs_outputs"],
+    inputs: int = 1,
+    *,
+    bias: Float[Array, "*outputs"] | None = None,
+    preferred_element_type: Any = None,
+) -> Float[Array, "*y"]:
+    """`lax.dot_general` over the last `inputs` axes of x and the first of the kernel, and a bias.
+
+    Value and gradients are those of `lax.dot_general` and a sum. On CPUs the backward pass is made of matrices: XLA for
+    CPUs (jaxlib 0.10 to 0.12) otherwise transposes and copies the gradient of the result and the kernel in front of
+    each product, and once more for the bias, on one core. On TPUs it would be the flattening that copies, where the
+    tokens of a row do not fill tiles.
+    """
+    return _dot(inputs, preferred_element_type, x, kernel, bias)
+
+
+def _product(inputs: int, dtype: Any, x: Array, kernel: Array) -> Array:
+    axes = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
     return lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=dtype)
 
 
-_product = jax.custom_vjp(_plain, nondiff_argnums=(0, 1))
+def _value(inputs: int, dtype: Any, x: Array, kernel: Array, bias: Array | None) -> Array:
+    y = _product(inputs, dtype, x, kernel)
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
-def _forward(count: int, dtype: Any, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _plain(count, dtype, x, kernel), (x, kernel)
+_dot = jax.custom_vjp(_value, nondiff_argnums=(0, 1))
 
 
-def _backward(count: int, dtype: Any, kept: tuple[jax.Array, jax.Array], slopes: jax.Array) -> Any:
-    def plain(x: jax.Array, kernel: jax.Array, slopes: jax.Array) -> Any:
-        multiply = functools.partial(_plain, count, dtype)
+def _forward(inputs: int, dtype: Any, x: Array, kernel: Array, bias: Array | None) -> tuple[Array, Any]:
+    # Not `_dot`: within it what remat asks for, the result of a product, could not be seen.
+    return _value(inputs, dtype, x, kernel, bias), (x, kernel, bias)
+
+
+def _backward(inputs: int, dtype: Any, kept: Any, slopes: Array) -> tuple[Array, Array, Array | None]:
+    x, kernel, bias = kept
+
+    def plain(x: Array, kernel: Array, slopes: Array) -> tuple[Array, Array, Array]:
+        multiply = functools.partial(_product, inputs, dtype)
         (dx,) = jax.linear_transpose(lambda x: multiply(x, kernel), x)(slopes)
         (dkernel,) = jax.linear_transpose(lambda kernel: multiply(x, kernel), kernel)(slopes)
-        return dx, dkernel
+        return dx, dkernel, jnp.sum(slopes, tuple(range(x.ndim - inputs)))
 
-    def of_matrices(x: jax.Array, kernel: jax.Array, slopes: jax.Array) -> Any:
-        inputs = math.prod(kernel.shape[:count])
-        rows, matrix = x.reshape(-1, inputs), kernel.reshape(inputs, -1)
+    def of_matrices(x: Array, kernel: Array, slopes: Array) -> tuple[Array, Array, Array]:
+        size = math.prod(kernel.shape[:inputs])
+        rows, matrix = x.reshape(-1, size), kernel.reshape(size, -1)
         slopes = slopes.reshape(-1, matrix.shape[1])
-        multiply = functools.partial(_plain, 1, dtype)
+        multiply = functools.partial(_product, 1, dtype)
         (dx,) = jax.linear_transpose(lambda rows: multiply(rows, matrix), rows)(slopes)
-        if matrix.size >= _LARGE and matrix.dtype == jnp.float32:
-            # YNNPACK's product, which shares the work of two cores better than Eigen's, wants the rows it adds over to
-            # be the last axis. Without the barrier XLA puts the transposition back into the product.
+        if size <= matrix.shape[1] >= _WIDE and matrix.dtype == jnp.float32:
+            # YNNPACK's product, which is quicker than Eigen's and shares its work better between two cores, wants the
+            # rows it adds over to be the last axis. What the copy costs grows with the inputs, what it gains with the
+            # outputs; kernels of the same x share it. Without the barrier XLA puts it back into the product.
             turned = lax.optimization_barrier(rows.T)
             dkernel = lax.dot_general(turned, slopes, (((1,), (0,)), ((), ())))
         else:
             (dkernel,) = jax.linear_transpose(lambda matrix: multiply(rows, matrix), matrix)(slopes)
-        return dx.reshape(x.shape), dkernel.reshape(kernel.shape)
+        return dx.reshape(x.shape), dkernel.reshape(kernel.shape), jnp.sum(slopes, 0).reshape(kernel.shape[inputs:])
 
-    return lax.platform_dependent(*kept, slopes, cpu=of_matrices, default=plain)
+    dx, dkernel, dbias = lax.platform_dependent(x, kernel, slopes, cpu=of_matrices, default=plain)
+    return dx, dkernel, None if bias is None else dbias.astype(bias.dtype)
 
 
-_product.defvjp(_forward, _backward)
+_dot.defvjp(_forward, _backward)

@@ -16,17 +16,28 @@ from jaxtyping import Array, Float, Int
 from coca_jax import config
 from coca_jax.model import layers
 from coca_jax.model.attention import Mask
-from coca_jax.model.products import dot_general
+from coca_jax.model.products import dot
 from coca_jax.sharding import shard
 
 
 @flax.struct.dataclass
 class DecoderCache:
-    """What decoding carries from token to token: both halves' caches, and the next position."""
+    """What decoding carries from token to token: both halves' caches, and the next position.
 
-    unimodal: layers.Cache
-    multimodal: layers.Cache | None
+    Attributes:
+      unimodal, multimodal: stacked, or a tuple of each layer's.
+      index: of the next token.
+    """
+
+    unimodal: layers.Cache | tuple[layers.Cache, ...]
+    multimodal: layers.Cache | tuple[layers.Cache, ...] | None
     index: Int[Array, ""]
+
+    @property
+    def length(self) -> int:
+        """The tokens it has room for."""
+        first = self.unimodal[0] if isinstance(self.unimodal, tuple) else self.unimodal
+        return first.keys.shape[-2]
 
 
 class TextDecoder(nn.Module):
@@ -129,7 +140,7 @@ class TextDecoder(nn.Module):
         The image tokens are given with the first step only: their keys and values stay in the cache.
         """
         assert cache.multimodal is not None  # n_multi=0 has nothing to decode with
-        s, m = tokens.shape[1], cache.unimodal.keys.shape[3]
+        s, m = tokens.shape[1], cache.length
         position = cache.index + jnp.arange(s)
         mask = Mask((jnp.arange(m)[None, :] <= position[:, None])[None, None])
         x = self.embed(tokens, cache.index)
@@ -171,12 +182,14 @@ class Half(nn.Module):
     def step(
         self,
         x: Float[Array, "b s d"],
-        cache: layers.Cache,
+        cache: layers.Cache | tuple[layers.Cache, ...],
         image_tokens: Float[Array, "b q d"] | None,
         mask: Mask,
         index: Int[Array, ""],
-    ) -> tuple[Float[Array, "b s d"], layers.Cache]:
+    ) -> tuple[Float[Array, "b s d"], layers.Cache | tuple[layers.Cache, ...]]:
         x, new = self.blocks(x, cache, image_tokens, mask, index)
+        if isinstance(cache, tuple):
+            return x, tuple(layers.write(old, part, index) for old, part in zip(cache, new, strict=True))
         return x, layers.write(cache, new, index)
 
 
@@ -203,7 +216,7 @@ def look_up(table: nn.Embed, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]
 
 def output_logits(hidden: Float[Array, "b t d"], head: Float[Array, "d v"]) -> Float[Array, "b t v"]:
     """`hidden @ head` in the hidden states' dtype, accumulated and returned in float32."""
-    logits = dot_general(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return shard(logits, "batch", None, "vocab")
 
 

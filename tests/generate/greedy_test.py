@@ -38,6 +38,39 @@ def test_greedy_is_the_argmax_of_teacher_forcing() -> None:
                 assert ids[at] == logits[row, at - 1].argmax()
 
 
+def test_no_layer_is_copied_out_of_a_stack_for_each_token() -> None:
+    """The program slices kernels of a layer where it reads the prompt, and nowhere else."""
+    model, params = tiny.MODEL, tiny.parameters(tiny.MODEL)
+    image_tokens = jnp.ones((2, 4, 16))
+
+    def slices(function: Any) -> int:
+        text = str(jax.jit(function).lower(params, image_tokens).compile().as_text())
+        return sum(
+            f"f32[1,{model.text.width},{model.text.mlp_dim}]" in line
+            for line in text.splitlines()
+            if "dynamic-slice(" in line
+        )
+
+    def start(params: Any, image_tokens: jax.Array) -> Any:
+        tokens = jnp.full((2, 1), 2, jnp.int32)
+        return CoCa(model).apply({"params": params}, tokens, image_tokens, 9, method="prefill")
+
+    def one_by_one(params: Any, image_tokens: jax.Array) -> Any:
+        logits, cache = CoCa(model).apply(
+            {"params": params}, jnp.ones((2, 1), jnp.int32), image_tokens, 9, method="prefill"
+        )
+
+        def step(carry: Any) -> Any:
+            tokens, (_, cache) = carry
+            made = CoCa(model).apply({"params": params}, tokens, cache, method="decode_step")
+            return jnp.argmax(made[0], axis=2).astype(jnp.int32), made
+
+        return jax.lax.fori_loop(1, 9, lambda _, carry: step(carry), (jnp.ones((2, 1), jnp.int32), (logits, cache)))
+
+    ours = slices(lambda params, x: generate.greedy(model, params, x, bos_id=2, eos_id=7))
+    assert 0 < ours == slices(start) < slices(one_by_one)  # of stacks, the search finds more
+
+
 def test_a_shorter_length_cuts() -> None:
     model, params = tiny.MODEL, tiny.parameters(tiny.MODEL)
     image_tokens = jnp.ones((2, 4, 16))

@@ -189,20 +189,3 @@ for s, m, k, text in ((256, 256, 64, False), (257, 257, 88, False), (1, 1024, 88
 def test_the_flash_kernel_compiles_for_tpus(run_python) -> None:
     pytest.importorskip("libtpu", reason="compiles for TPUs with libtpu: pip install libtpu")
     run_python(COMPILE_FOR_TPU, 1, env={"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_cache_is_read_as_it_stands(masked: bool) -> None:
-    """The same function of keys and values with heads before positions, which XLA for CPUs does not turn around."""
-    b, s, h, m, k = 3, 2, 5, 13, 8
-    rng = np.random.default_rng(0)
-    query, keys, values = (jnp.asarray(rng.normal(size=(b, n, h, k)), jnp.float32) for n in (s, m, m))
-    allowed = jnp.arange(m)[None, :] <= 4 + jnp.arange(s)[:, None]
-    mask = attention.Mask(allowed[None, None]) if masked else None
-    held = keys.swapaxes(1, 2), values.swapaxes(1, 2)
-    there, here = jax.jit(attention.attend), jax.jit(attention.attend_cached)
-    # The same sums of eight and thirteen float32 products in another order.
-    np.testing.assert_allclose(here(query, *held, mask), there(query, keys, values, mask), rtol=1e-5, atol=1e-6)
-    turned = f"f32[{b},{h},{k},{m}]"
-    assert turned in str(there.lower(query, keys, values, mask).compile().as_text())  # the search can find it
-    assert turned not in str(here.lower(query, *held, mask).compile().as_text())

@@ -17,7 +17,7 @@ def arrays(inputs: tuple[int, ...], outputs: tuple[int, ...], dtype: Any) -> lis
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
-@pytest.mark.parametrize("large", [1, 1_000_000])  # kernels of so many numbers are large: all of these, and none
+@pytest.mark.parametrize("wide", [1, 512])  # kernels of so many columns are wide: all of these, and none
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("accumulated", [None, jnp.float32])
 @pytest.mark.parametrize(("inputs", "outputs"), [((7,), (11,)), ((7,), (3, 4)), ((3, 4), (7,)), ((2, 2, 3), (7,))])
@@ -26,22 +26,27 @@ def test_value_and_gradients_are_those_of_lax(
     outputs: tuple[int, ...],
     accumulated: Any,
     dtype: str,
-    large: int,
+    wide: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products, "_LARGE", large)
+    monkeypatch.setattr(products, "_WIDE", wide)
     x, kernel, slopes = arrays(inputs, outputs, jnp.dtype(dtype))
+    bias = kernel.sum(tuple(range(len(inputs))))
     count = len(inputs)
     dimensions: Any = ((tuple(range(2, 2 + count)), tuple(range(count))), ((), ()))
 
     def both(function: Any) -> Any:
-        def run(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return function(x, kernel, dimensions, preferred_element_type=accumulated)
-
-        y, back = jax.vjp(run, x, kernel)
+        y, back = jax.vjp(function, x, kernel, bias)
         return y, *back(slopes.astype(y.dtype))
 
-    found, wanted = jax.jit(lambda: both(products.dot_general))(), jax.jit(lambda: both(lax.dot_general))()
+    def ours(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        return products.dot(x, kernel, count, bias=bias, preferred_element_type=accumulated)
+
+    def of_lax(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        y = lax.dot_general(x, kernel, dimensions, preferred_element_type=accumulated)
+        return y + jnp.broadcast_to(bias, y.shape)
+
+    found, wanted = jax.jit(lambda: both(ours))(), jax.jit(lambda: both(of_lax))()
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == b.dtype
         # The same products summed up in another order: a few units in the last place of the largest.
@@ -59,13 +64,24 @@ def transposing(function: Any) -> int:
 
 
 def test_the_backward_pass_copies_nothing_on_cpus() -> None:
-    assert transposing(lambda x, kernel: products.dot_general(x, kernel)) == 0
+    assert transposing(lambda x, kernel: products.dot(x, kernel)) == 0
     assert transposing(lambda x, kernel: jnp.einsum("bsd,df->bsf", x, kernel)) > 0  # the count can fail
 
 
 def test_other_platforms_are_not_given_matrices() -> None:
     x, kernel, slopes = arrays((7,), (3, 4), jnp.float32)
-    program = jax.jit(lambda x, kernel, slopes: jax.vjp(products.dot_general, x, kernel)[1](slopes))
+    program = jax.jit(lambda x, kernel, slopes: jax.vjp(products.dot, x, kernel)[1](slopes))
     traced = program.trace(x, kernel, slopes)
     assert "tensor<10x7xf32>" in traced.lower(lowering_platforms=("cpu",)).as_text()
     assert "tensor<10x7xf32>" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_wide_kernels_of_one_input_share_a_copy_of_it() -> None:
+    x, *kernels = (jnp.ones(shape) for shape in ((2, 5, 512), *[(512, 512)] * 3))
+
+    def loss(kernels: list[jax.Array], x: jax.Array) -> jax.Array:
+        return sum((jnp.sum(jnp.sin(products.dot(x, kernel))) for kernel in kernels), jnp.zeros(()))
+
+    program = str(jax.jit(jax.grad(loss)).lower(kernels, x).compile().as_text())
+    copies = [line for line in program.splitlines() if "f32[512,10]{1,0} fusion(" in line]
+    assert len(copies) == 1, copies
