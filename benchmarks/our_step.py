@@ -16,7 +16,6 @@ from benchmarks.turns import Answer, peak_memory, serve
 from coca_jax import compiler
 
 compiler.setup()  # as main does, before JAX is imported
-compiler.keep_memory()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

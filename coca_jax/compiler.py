@@ -1,7 +1,7 @@
 """What XLA is told before JAX starts: compiler flags for each platform, where compiled programs are kept, and what
 becomes of the memory that a step on CPUs frees.
 
-`setup` and `keep_memory` do it, once, before JAX is imported. The tables `TPU` and `GPU` are the one place for flags;
+`setup` does it, once, before JAX is imported. The tables `TPU` and `GPU` are the one place for flags;
 docs/launch.md says how to change or leave them out.
 """
 
@@ -129,7 +129,7 @@ PLATFORMS = {"tpu": ("LIBTPU_INIT_ARGS", TPU), "gpu": ("XLA_FLAGS", GPU)}
 
 
 def setup(platforms: Sequence[str] | None = None) -> None:
-    """Sets the compiler flags and the cache of compiled programs, in the environment of this process.
+    """Sets the compiler flags and the cache of compiled programs, in the environment of this process; `keep_memory`.
 
     To be called before JAX is imported; afterwards it has no effect. What the user has set is never changed: a flag
     that is in the platform's variable already, and `JAX_COMPILATION_CACHE_DIR`, empty (no cache) or not.
@@ -141,6 +141,7 @@ def setup(platforms: Sequence[str] | None = None) -> None:
         for name in found_platforms() if platforms is None else platforms:
             set_flags(*PLATFORMS[name])
     set_cache()
+    keep_memory()
 
 
 def found_platforms() -> tuple[str, ...]:

@@ -46,7 +46,6 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache as soon as it is imported
     compiler.setup()  # before JAX is loaded, which reads it
-    compiler.keep_memory()
     from coca_jax import run  # after the flags: --help must not wait for JAX
 
     processes = {f"--{flag.name}": flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
