@@ -2,16 +2,17 @@
 
     python -m benchmarks.train_step --peer=.venv-peers/bin/python              # coca_ViT-B-32, batch 8, float32
     python -m benchmarks.train_step --peer=.venv-peers/bin/python --model=small --batch=32 --dtype=bfloat16 --compile
-    python -m benchmarks.train_step --ours='unrolled: model.text.scan_unroll=0 model.image.scan_unroll=0'
+    python -m benchmarks.train_step --ours='scanned: model.text.scan_unroll=1 model.image.scan_unroll=1'
 
 The peer's environment is one with `pip install "coca_jax[peers]"`. Both are processes of their own that take turns, in
 one command: the same architecture (as many parameters), batch, precision, AdamW, clipping by the global norm, captions
-without padding. On CPUs ours keeps the memory that a step frees (docs/launch.md), as PyTorch mostly does; for one that
-does not, add --ours='ours:' --ours='given back: COCA_JAX_KEEP_MEMORY=off'. Figures are medians over the rounds. The
-ceiling is the rate of a square product in the same rounds and the same precision; model FLOPs are those of
-coca_jax/model/flops.py. --ours adds variants of ours: changes of the configuration, and environment variables
-(XLA_FLAGS=...), which must have an upper-case name. On a GPU, with PyTorch for it in the peer's environment, the same
-commands run there; cuDNN's attention then is --ours='cudnn: model.attention=cudnn' with --dtype=bfloat16.
+without padding. Our layers are compiled one by one (scan_unroll=0), as those of the peer are run. On CPUs ours keeps
+the memory that a step frees (docs/launch.md), as PyTorch mostly does; for one that does not, add --ours='ours:'
+--ours='given back: COCA_JAX_KEEP_MEMORY=off'. Figures are medians over the rounds. The ceiling is the rate of a square
+product in the same rounds and the same precision; model FLOPs are those of coca_jax/model/flops.py. --ours adds
+variants of ours: changes of the configuration, and environment variables (XLA_FLAGS=...), which must have an
+upper-case name. On a GPU, with PyTorch for it in the peer's environment, the same commands run there; cuDNN's
+attention then is --ours='cudnn: model.attention=cudnn' with --dtype=bfloat16.
 """
 
 from __future__ import annotations
@@ -56,7 +57,13 @@ def configuration(args: argparse.Namespace, changes: str = "") -> tuple[dict[str
     if args.layers:
         sections = ("vision_cfg", "text_cfg", "multimodal_cfg")
         sizes = {**sizes, **{section: {**sizes[section], "layers": args.layers} for section in sections}}
-    model = dataclasses.replace(model_config(sizes), dtype=args.dtype)
+    model = model_config(sizes)
+    model = dataclasses.replace(
+        model,
+        dtype=args.dtype,
+        image=dataclasses.replace(model.image, scan_unroll=0),
+        text=dataclasses.replace(model.text, scan_unroll=0),
+    )
     c = config.Config(model=model, batch_size=args.batch, steps=1000, optimizer=config.Optimizer(name="adamw"))
     values: dict[str, Any] = dataclasses.asdict(c)
     environment = {"JAX_PLATFORMS": platforms()}

@@ -69,10 +69,10 @@ def options(**changes: object) -> argparse.Namespace:
 
 def test_variants_change_the_configuration_and_the_environment() -> None:
     values, environment = train_step.configuration(
-        options(layers=3), "model.text.scan_unroll=0 optimizer.peak_lr=1 model.attention=flash XLA_FLAGS=--xla_a=b"
+        options(layers=3), "model.text.scan_unroll=2 optimizer.peak_lr=1 model.attention=flash XLA_FLAGS=--xla_a=b"
     )
     c = config.from_config_dict(values)
-    assert (c.model.text.n_uni, c.model.image.depth, c.model.text.scan_unroll) == (3, 3, 0)
+    assert (c.model.text.n_uni, c.model.image.depth, c.model.text.scan_unroll) == (3, 3, 2)
     assert (c.optimizer.peak_lr, c.model.attention, environment["XLA_FLAGS"]) == (1.0, "flash", "--xla_a=b")
     for change in ("model.text.nothing=1", "model.text.scan_unroll=many", "depth"):
         with pytest.raises(SystemExit, match=re.escape(change)):

@@ -27,7 +27,7 @@ class ImageEncoder:
     patch_bias: bool = True  # bias of the patch embedding (open_clip: False)
     pre_norm: bool = False  # LayerNorm after the position embedding (open_clip: True)
     remat: str = "none"  # what the backward pass computes again: see REMAT
-    scan_unroll: int = 1  # layers a scan step holds; 0 unrolls the whole stack
+    scan_unroll: int = 1  # layers a scan step holds; 0: no scan, each is compiled by itself
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from coca_jax import config
-from coca_jax.model import layers
+from coca_jax.model import stacks
 from coca_jax.model.coca import CoCa
 from coca_jax.model.text_decoder import DecoderCache
 
@@ -34,9 +34,9 @@ class Decoder:
         self._stacked = model, params
         text, halves = model.text, dict(params["text_decoder"])
         for name, depth in (("unimodal", text.n_uni), ("multimodal", text.n_multi)):
-            blocks = layers.apart(halves[name]["blocks"], depth)
+            blocks = stacks.apart(halves[name]["blocks"], depth)
             halves[name] = {"blocks": {str(layer): params for layer, params in enumerate(blocks)}}
-        model = dataclasses.replace(model, text=dataclasses.replace(text, scan_unroll=-1))
+        model = dataclasses.replace(model, text=dataclasses.replace(text, scan_unroll=0))
         self._apart = model, {**params, "text_decoder": halves}
 
     def start(
@@ -49,8 +49,8 @@ class Decoder:
         text = model.text
         cache = dataclasses.replace(
             cache,
-            unimodal=layers.apart(cache.unimodal, text.n_uni),
-            multimodal=layers.apart(cache.multimodal, text.n_multi),
+            unimodal=stacks.apart(cache.unimodal, text.n_uni),
+            multimodal=stacks.apart(cache.multimodal, text.n_multi),
         )
         return jnp.repeat(logits[:, -1], rows, axis=0), _own(cache, lambda x: jnp.repeat(x, rows, axis=0))
 

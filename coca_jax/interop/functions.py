@@ -80,7 +80,7 @@ def portable(model: config.Model, dtype: str = "", scan: bool = True) -> config.
       dtype: of the computation, if another.
       scan: whether layers may be a scan; else they are written out one after the other.
     """
-    unroll: dict[str, Any] = {} if scan else {"scan_unroll": -1}
+    unroll: dict[str, Any] = {} if scan else {"scan_unroll": 0}
     return dataclasses.replace(
         model,
         attention="xla",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from coca_jax import config
-from coca_jax.model import layers
+from coca_jax.model import layers, stacks
 from coca_jax.model.attention import Mask
 from coca_jax.model.heads import Linear
 from coca_jax.model.text_decoder import look_up
@@ -87,15 +87,14 @@ class Bridge(nn.Module):
         small = nn.initializers.normal(0.02)
         self.query_tokens = self.param("query_tokens", nn.initializers.normal(1.0), (c.queries, c.width), param_dtype)
         self.token_norm = layers.layer_norm(m)  # the image encoder has none at its end
-        pairs, unrolled = c.depth // 2, text.scan_unroll == 0 or text.scan_unroll >= c.depth // 2
-        self.blocks = nn.scan(
-            layers.rematerialised(Pair, text.remat, prevent_cse=unrolled),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=pairs,
-            unroll=pairs if unrolled else text.scan_unroll,
-        )(m)
+        self.blocks = stacks.stack(
+            Pair,
+            {"model": m},
+            (nn.broadcast, nn.broadcast),
+            depth=c.depth // 2,
+            remat=text.remat,
+            scan_unroll=text.scan_unroll,
+        )
         self.out_norm = layers.layer_norm(m)
         if c.stage == 1:
             self.token_embedding = nn.Embed(

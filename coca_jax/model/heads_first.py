@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from coca_jax.model.products import copied
+
 # The score of what is not allowed. Not infinity: a query that sees no key has equal weights and not NaN, as in JAX's.
 _HIDDEN = -0.7 * float(np.finfo(np.float32).max)
 
@@ -91,8 +93,8 @@ def _backward(kept: Any, slopes: Array) -> tuple[Array, Array, Array, None]:
         of_scores = jnp.where(allowed, of_scores, 0)  # a query that sees no key has weights, and no gradient
     found = (
         _multiply(of_scores, keys, 3, 2),
-        _multiply(of_scores, query, 2, 2),
-        _multiply(shares, slopes, 2, 2),
+        _multiply(copied(of_scores.swapaxes(2, 3)), query, 3, 2),
+        _multiply(copied(shares.swapaxes(2, 3)), slopes, 3, 2),
     )
     d_query, d_keys, d_values = (x.swapaxes(1, 2) for x in found)
     return d_query, d_keys, d_values, None

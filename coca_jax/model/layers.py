@@ -1,4 +1,4 @@
-"""Attention, MLP, the pre-norm block, and the scanned stack of blocks that all three towers are made of.
+"""Attention, MLP, and the pre-norm block, of stacks of which all three towers are made.
 
 Axes: b batch, s queries of an attention (tokens), m its keys, d width, h heads, k head width, f MLP width, l layers.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from coca_jax import config
-from coca_jax.model.attention import KERNEL_RESIDUALS, Mask, attend, weights
+from coca_jax.model import stacks
+from coca_jax.model.attention import Mask, attend, weights
 from coca_jax.model.heads_first import attend_cached
 from coca_jax.model.products import Dense
 from coca_jax.sharding import shard
@@ -297,106 +296,22 @@ def write(cache: Cache, new: Cache, index: Int[Array, ""]) -> Cache:
     return cache
 
 
-_keep = jax.checkpoint_policies
-# What config.REMAT says is kept. The flash kernel's output is kept with the products: running it again costs more.
-_REMAT = {
-    "dots": _keep.save_from_both_policies(
-        _keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(KERNEL_RESIDUALS)
-    ),
-    "qkv": _keep.save_only_these_names("qkv", "outputs", KERNEL_RESIDUALS),
-    "outputs": _keep.save_only_these_names("outputs"),
-    "everything": _keep.nothing_saveable,
-}
-
-
-def rematerialised(module: Any, remat: str, *, prevent_cse: bool = True) -> Any:
-    """A module class whose backward pass computes again what `remat`, a key of config.REMAT, says.
-
-    none and attention change nothing here: the latter is `Attention.recompute`.
-
-    Args:
-      module: class.
-      remat: policy.
-      prevent_cse: must be True but inside a scan, where it is of no use and hinders the compiler: outside, the compiler
-        sees that what is computed again has been computed already, and keeps it after all.
-    """
-    if remat not in _REMAT:
-        return module
-    return nn.remat(module, prevent_cse=prevent_cse, policy=_REMAT[remat])
-
-
 def stack(
-    model: config.Model,
-    *,
-    depth: int,
-    remat: str,
-    scan_unroll: int,
-    **block: Any,
+    model: config.Model, *, depth: int, remat: str, scan_unroll: int, name: str | None = None, **block: Any
 ) -> Any:
-    """`depth` blocks as one scanned module: parameters stacked on a leading layer axis, compiled once.
+    """`depth` blocks (`stacks.stack`): call it as a Block, `stack(x, cache, image_tokens, mask, index)`.
 
-    Name it `blocks` and call it as a Block: `stack(x, cache, image_tokens, mask, index)`; the cache is stacked too.
+    The cache is stacked, or a tuple of each layer's, and what comes back is like it. Name it `blocks`.
 
     Args:
       model: configuration.
-      depth: layers, 1 or more.
-      remat: policy, a key of config.REMAT.
-      scan_unroll: layers a scan step holds; 0 unrolls all; below 0 there is no scan (`Loop`).
+      depth, remat, scan_unroll: as for `stacks.stack`.
+      name: where it is not assigned to a name.
       **block: attributes of Block.
     """
-    if scan_unroll < 0:
-        return Loop(model, depth, {k: v for k, v in block.items() if k != "name"}, name=block.get("name"))
-    unrolled = scan_unroll == 0 or scan_unroll >= depth
-    scanned = nn.scan(
-        rematerialised(Block, remat, prevent_cse=unrolled),
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-        length=depth,
-        unroll=depth if unrolled else scan_unroll,
-    )
-    return scanned(model, recompute=remat == "attention", **block)
-
-
-class Loop(nn.Module):
-    """What `stack` computes, of its parameters, as a Python loop: for programs to which a scan cannot be translated, or
-    which hold the layers `apart`.
-
-    Only applied, never initialised. Parameters are stacked, or each layer's under its number; the cache is stacked or a
-    tuple of each layer's, and what comes back is like it.
-
-    Attributes:
-      model: configuration.
-      depth: layers.
-      block: attributes of Block.
-    """
-
-    model: config.Model
-    depth: int
-    block: Mapping[str, Any]
-
-    def __call__(
-        self, x: Float[Array, "b s d"], cache: Cache | tuple[Cache, ...] | None, *rest: Any
-    ) -> tuple[Any, Cache | tuple[Cache, ...] | None]:
-        block, held = Block(self.model, **self.block, parent=None), self.variables["params"]
-        params: Any = [held[str(layer)] for layer in range(self.depth)] if "0" in held else apart(held, self.depth)
-        caches = cache if isinstance(cache, tuple) else apart(cache, self.depth)
-        outputs: list[Any] = []
-        for layer_params, old in zip(params, caches, strict=True):
-            x, new = block.apply({"params": layer_params}, x, old, *rest)
-            outputs.append(new)
-        if isinstance(cache, tuple):
-            return x, tuple(outputs)
-        return x, jax.tree.map(lambda *leaves: jnp.concatenate([leaf[None] for leaf in leaves]), *outputs)
-
-
-def apart(stacked: Any, depth: int) -> tuple[Any, ...]:
-    """The layers of a stack's parameters or cache, each in arrays of its own.
-
-    A loop that goes through the layers again and again, as decoding does for each token, then reads them where they
-    are. Out of a stack XLA for CPUs copies each layer first, every time: as much memory traffic again, twice over.
-    """
-    return tuple(jax.tree.map(operator.itemgetter(layer), stacked) for layer in range(depth))
+    axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+    block = {"model": model, "recompute": remat == "attention"} | block
+    return stacks.stack(Block, block, axes, depth=depth, remat=remat, scan_unroll=scan_unroll, name=name)
 
 
 def sincos(positions: Float[Array, " n"], width: int) -> Float[Array, "n d"]:

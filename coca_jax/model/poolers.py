@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from coca_jax import config
-from coca_jax.model import layers
+from coca_jax.model import layers, stacks
 
 
 class Pooler(nn.Module):
@@ -32,7 +32,7 @@ class Pooler(nn.Module):
             "query_tokens", nn.initializers.normal(1.0), (self.queries, width), jnp.dtype(m.param_dtype)
         )
         self.query_norm, self.token_norm, self.out_norm = (layers.layer_norm(m) for _ in range(3))
-        self.attention = layers.rematerialised(layers.Attention, m.pooler.remat)(
+        self.attention = stacks.rematerialised(layers.Attention, m.pooler.remat)(
             m, width, m.pooler.heads, self.kv_width, recompute=m.pooler.remat == "attention"
         )
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-_WIDE = 512  # columns of a kernel, from which on a transposed copy of its rows' inputs gains more than it costs
+_WIDE = 128  # rows and columns of a kernel, from which on copies for its gradient gain more than they cost
 
 
 class Dense(nn.Module):
@@ -100,18 +100,26 @@ def _backward(inputs: int, dtype: Any, kept: Any, slopes: Array) -> tuple[Array,
         slopes = slopes.reshape(-1, matrix.shape[1])
         multiply = functools.partial(_product, 1, dtype)
         (dx,) = jax.linear_transpose(lambda rows: multiply(rows, matrix), rows)(slopes)
-        if size <= matrix.shape[1] >= _WIDE and matrix.dtype == jnp.float32:
-            # YNNPACK's product, which is quicker than Eigen's and shares its work better between two cores, wants the
-            # rows it adds over to be the last axis. What the copy costs grows with the inputs, what it gains with the
-            # outputs; kernels of the same x share it. Without the barrier XLA puts it back into the product.
-            turned = lax.optimization_barrier(rows.T)
-            dkernel = lax.dot_general(turned, slopes, (((1,), (0,)), ((), ())))
-        else:
+        if min(matrix.shape) < _WIDE or matrix.dtype != jnp.float32:
             (dkernel,) = jax.linear_transpose(lambda matrix: multiply(rows, matrix), matrix)(slopes)
+        elif size <= matrix.shape[1]:  # the copy is of the narrower operand
+            dkernel = _product(1, None, copied(rows.T), slopes)
+        else:
+            dkernel = copied(_product(1, None, copied(slopes.T), rows)).T
         return dx.reshape(x.shape), dkernel.reshape(kernel.shape), jnp.sum(slopes, 0).reshape(kernel.shape[inputs:])
 
     dx, dkernel, dbias = lax.platform_dependent(x, kernel, slopes, cpu=of_matrices, default=plain)
     return dx, dkernel, None if bias is None else dbias.astype(bias.dtype)
+
+
+def copied(x: Array) -> Array:
+    """x, which XLA for CPUs may not fold into the product that reads it.
+
+    YNNPACK's product, which is quicker than Eigen's and shares its work better between two cores, wants the rows that
+    it adds over to be the last axis: of a transposed operand, made for it. XLA would put the transposition back into
+    the product, and give that to Eigen. Kernels of the same x share the copy.
+    """
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 _dot.defvjp(_forward, _backward)
