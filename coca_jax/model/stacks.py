@@ -123,7 +123,7 @@ class Loop(nn.Module):
             outputs.append(made_besides)
         if any(isinstance(given, tuple) for given in rest):
             return x, tuple(outputs)
-        # jnp.stack is a primitive of its own since jax 0.10, which jax2onnx does not know.
+        # jnp.stack is a primitive of its own (jax 0.10.2), which jax2onnx does not know.
         return x, jax.tree.map(lambda *leaves: jnp.concatenate([leaf[None] for leaf in leaves]), *outputs)
 
     def _of_layers(self, given: Any, axis: Any) -> tuple[Any, ...]:
