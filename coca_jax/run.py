@@ -62,10 +62,9 @@ def run(
         config.check(c)
         profile_steps = read_steps(profile, c.steps)
         distributed.initialize(processes, timeout, heartbeat)
-        with contextlib.ExitStack() as held:
-            stop = held.enter_context(stopping.Stopping(c.checkpoint.grace))
+        with stopping.Stopping(c.checkpoint.grace) as stop:
             config.check(c, jax.device_count(), slice_count=sharding.slice_count(), platform=jax.default_backend())
-            return _run(c, checkpoint.absolute(workdir), evaluate_only, profile_steps, started, held, stop, beating)
+            return _run(c, checkpoint.absolute(workdir), evaluate_only, profile_steps, started, stop, beating)
     except stopping.Stopped as stopped:
         _say(stopped)
         return stopping.EXIT_STOPPED
@@ -87,7 +86,6 @@ def _run(
     evaluate_only: bool,
     profile_steps: Steps | None,
     started: float,
-    held: contextlib.ExitStack,
     stop: stopping.Stopping,
     beating: supervise.Beating,
 ) -> int | str:
@@ -120,7 +118,7 @@ def _run(
         | {f"the fingerprint of {s.name}": s.fingerprint() for s in (source, *held_out.values())}
         | {"the version of jax": jax.__version__, "evaluation alone": evaluate_only}
     )
-    _begin(c, workdir, tokenizer, labels, None if evaluate_only else held)
+    _begin(c, workdir, tokenizer, labels, None if evaluate_only else stop.held)
 
     sharding.warn_unsharded(abstract, mesh)
     parameters = states.parameter_count(abstract)

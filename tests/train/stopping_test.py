@@ -1,79 +1,99 @@
+"""What a request to end does: in processes of their own, as most of it ends them."""
+
 from __future__ import annotations
 
-import gc
+import os
 import signal
-import time
-import weakref
-from collections.abc import Callable
-from typing import Any
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
-from coca_jax.train.stopping import Stopped, Stopping
+from coca_jax.train.stopping import EXIT_STOPPED, Interrupted, Stopping
+from tests import conftest
+
+NOTHING = "stopped: there is nothing new to save"
+
+PLACES = {
+    "where Python works": "ask(); loop()",
+    "in a call that Python cannot leave": "threading.Timer(0.5, ask).start(); hashlib.pbkdf2_hmac('md5', b'', b'', 1 << 30)",
+    "in the garbage collector": "gc.callbacks.append(lambda *_: ask()); gc.collect(); loop()",  # forgets what is raised
+    "in a weak reference's callback": "x = set(); r = weakref.ref(x, lambda _: ask()); del x; loop()",  # and this one
+    "as a thread starts": "ask(); Slow().start()",  # which could not be joined
+}
 
 
-def in_the_garbage_collector(ask: Callable[[], None]) -> None:
-    def callback(phase: str, _: Any) -> None:
-        gc.callbacks.remove(callback)
-        ask()
+def ended(body: str, grace: float = 240.0) -> subprocess.CompletedProcess[str]:
+    """A program in a Stopping: body, and then the word `over`."""
+    program = f"""
+        import gc, hashlib, multiprocessing, os, signal, threading, time, weakref
+        from coca_jax.train import stopping
 
-    gc.callbacks.append(callback)
-    gc.collect()
+        def ask():
+            os.kill(os.getpid(), signal.SIGTERM)
 
+        def loop(*_):
+            while True:
+                time.sleep(0.01)
 
-class Thing:
-    def __init__(self, at_the_end: Callable[[], None] = lambda: None) -> None:
-        self.at_the_end = at_the_end
+        class Slow(threading.Thread):
+            _bootstrap_inner = loop  # without a word that it has begun
 
-    def __del__(self) -> None:
-        self.at_the_end()
+            def __init__(self):
+                super().__init__(daemon=True)
 
-
-def in_a_weak_references_callback(ask: Callable[[], None]) -> None:
-    thing = Thing()
-    reference = weakref.ref(thing, lambda _: ask())
-    del thing
-    assert reference() is None
-
-
-def in_del(ask: Callable[[], None]) -> None:
-    Thing(ask)
-
-
-@pytest.mark.parametrize("place", [in_the_garbage_collector, in_a_weak_references_callback, in_del])
-def test_a_request_where_python_forgets_what_is_raised_is_not_lost(
-    place: Callable[[Callable[[], None]], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    met: list[str] = []
-
-    def ask() -> None:
-        met.append("asked")
-        signal.raise_signal(signal.SIGTERM)
-        met.append("not reached: it was raised here, and forgotten")
-
-    begun = time.monotonic()
-    with Stopping(grace=30.0), pytest.raises(Stopped):
-        place(ask)
-        met.append("went on")
-        while time.monotonic() - begun < 4.0:  # after 5 s the process would be ended
-            time.sleep(0.01)
-    assert met == ["asked", "went on"]
-    assert not capsys.readouterr().err  # nor printed
+        with stopping.Stopping({grace}) as stop:
+            stop.held.callback(print, "given back")
+            {body}
+        print("over")
+    """
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=conftest.REPOSITORY,
+        env=os.environ | conftest.BYTECODE,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
-def test_what_others_raise_there_is_printed_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr("sys.unraisablehook", lambda lost: seen.append(lost.exc_value))
-
-    def fail() -> None:
-        raise OSError("the disk")
-
-    with Stopping(grace=30.0):
-        in_del(fail)
-    assert [str(error) for error in seen] == ["the disk"]
+@pytest.mark.parametrize("place", PLACES)
+def test_with_nothing_to_save_it_ends_wherever_it_is(place: str) -> None:
+    done = ended(PLACES[place])
+    assert done.returncode == EXIT_STOPPED and done.stdout.split("\n") == ["given back", "", NOTHING, ""], done
+    assert not done.stderr
 
 
-def test_a_request_elsewhere_ends_it_at_once() -> None:
-    with Stopping(grace=30.0), pytest.raises(Stopped):
-        signal.raise_signal(signal.SIGTERM)
-        pytest.fail("it went on")
+def test_what_is_not_given_back_in_time_is_left() -> None:
+    done = ended("stop.held.callback(loop); ask(); loop()")
+    assert done.returncode == EXIT_STOPPED and NOTHING in done.stdout and "given back" not in done.stdout, done
+
+
+def test_readers_of_data_do_not_outlive_it() -> None:
+    """One that did would hold the output, which is read to its end."""
+    child = "multiprocessing.get_context('spawn').Process(target=time.sleep, args=(300,)).start()"
+    done = ended(f"{child}; ask(); loop()")
+    assert done.returncode == EXIT_STOPPED and NOTHING in done.stdout, done
+
+
+def test_with_something_to_save_it_has_its_grace() -> None:
+    done = ended("stop.unsaved = True; ask(); time.sleep(0.5); print(stop.asked())")
+    assert (done.returncode, done.stdout) == (0, "True\ngiven back\nover\n"), done
+    done = ended("stop.unsaved = True; ask(); loop()", grace=0.5)
+    assert done.returncode == EXIT_STOPPED, done
+    assert "stopped without saving: 0.5 s (config.checkpoint.grace) were not enough" in done.stdout
+
+
+def test_it_is_noted_and_polled_and_a_second_ctrl_c_interrupts() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Stopping(grace=30.0) as stop:
+        stop.unsaved = True
+        stop.check()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked()
+        with pytest.raises(Interrupted):
+            stop.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
