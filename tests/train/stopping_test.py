@@ -17,7 +17,7 @@ NOTHING = "stopped: there is nothing new to save"
 
 PLACES = {
     "where Python works": "ask(); loop()",
-    "in a call that Python cannot leave": "threading.Timer(0.5, ask).start(); hashlib.pbkdf2_hmac('md5', b'', b'', 1 << 30)",
+    "in a call that Python cannot leave": "threading.Timer(0.5, ask).start(); pbkdf2_hmac('md5', b'', b'', 1 << 30)",
     "in the garbage collector": "gc.callbacks.append(lambda *_: ask()); gc.collect(); loop()",  # forgets what is raised
     "in a weak reference's callback": "x = set(); r = weakref.ref(x, lambda _: ask()); del x; loop()",  # and this one
     "as a thread starts": "ask(); Slow().start()",  # which could not be joined
@@ -27,7 +27,8 @@ PLACES = {
 def ended(body: str, grace: float = 240.0) -> subprocess.CompletedProcess[str]:
     """A program in a Stopping: body, and then the word `over`."""
     program = f"""
-        import gc, hashlib, multiprocessing, os, signal, threading, time, weakref
+        import gc, multiprocessing, os, signal, threading, time, weakref
+        from hashlib import pbkdf2_hmac
         from coca_jax.train import stopping
 
         def ask():
