@@ -109,16 +109,16 @@ def _peer(args: argparse.Namespace, model: config.Model, params: Any, images: ja
 
 
 def read_bandwidth() -> float:
-    """Bytes a second at which a device reads memory: a sum of 256 MB, the best of several."""
-    x = jnp.ones(64 << 20, jnp.float32)
-    total = jax.jit(jnp.sum)
-    jax.block_until_ready(total(x))
+    """Bytes a second at which a device reads memory: of 256 MB by a sum and by a product with a vector, the best."""
+    matrix, vector = jnp.ones((8192, 8192), jnp.float32), jnp.ones(8192, jnp.float32)
     best = float("inf")
-    for _ in range(10):
-        started = time.perf_counter()
-        jax.block_until_ready(total(x))
-        best = min(best, time.perf_counter() - started)
-    return x.nbytes / best
+    for read in (jax.jit(lambda x, _: jnp.sum(x)), jax.jit(lambda x, y: x @ y), jax.jit(lambda x, y: y @ x)):
+        jax.block_until_ready(read(matrix, vector))
+        for _ in range(10):
+            started = time.perf_counter()
+            jax.block_until_ready(read(matrix, vector))
+            best = min(best, time.perf_counter() - started)
+    return matrix.nbytes / best
 
 
 def main() -> None:
