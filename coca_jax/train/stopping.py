@@ -111,10 +111,12 @@ class Stopping:
             if self._done.wait(self._grace):
                 return
             text = f"stopped without saving: {self._grace:g} s (config.checkpoint.grace) were not enough"
-        for child in multiprocessing.active_children():  # readers of data, which would outlive this
-            child.terminate()
-        giving_back = threading.Thread(target=self.held.close, daemon=True)
-        giving_back.start()
-        giving_back.join(_PATIENCE)  # a storage that does not answer is not waited for
-        print(f"\n{text}", flush=True)  # a progress bar has not ended its line
-        os._exit(EXIT_STOPPED)
+        try:
+            for child in multiprocessing.active_children():  # readers of data, which would outlive this
+                child.terminate()
+            giving_back = threading.Thread(target=self.held.close, daemon=True)
+            giving_back.start()
+            giving_back.join(_PATIENCE)  # a storage that does not answer is not waited for
+            print(f"\n{text}", flush=True)  # a progress bar has not ended its line
+        finally:  # whoever read the output may be gone
+            os._exit(EXIT_STOPPED)

@@ -71,6 +71,10 @@ def test_what_is_not_given_back_in_time_is_left() -> None:
     assert done.returncode == EXIT_STOPPED and NOTHING in done.stdout and "given back" not in done.stdout, done
 
 
+def test_it_ends_though_nobody_reads_what_it_says() -> None:
+    assert ended("os.close(1); ask(); loop()").returncode == EXIT_STOPPED
+
+
 def test_readers_of_data_do_not_outlive_it() -> None:
     """One that did would hold the output, which is read to its end."""
     child = "multiprocessing.get_context('spawn').Process(target=time.sleep, args=(300,)).start()"
