@@ -38,14 +38,16 @@ class Stopping:
     Several processes. One that is asked stops all of them at one and the same poll: JAX takes SIGTERM and tells the
     others, and all agree on a poll that none has come to. So all must poll alike. A process that takes too long is
     ended by the launcher.
+
+    Attributes:
+      unsaved: there is something to save; the run says so.
+      held: what is entered in it is left when this is, and before the process is ended.
     """
 
     def __init__(self, grace: float) -> None:
         """
         Args:
           grace: seconds between the request and the end, with one process.
-
-        What is entered in `held` is left when this is, and before the process is ended.
         """
         self.unsaved = False
         self.held = contextlib.ExitStack()
