@@ -68,7 +68,7 @@ def _convert() -> None:
     import jax
     import numpy as np
 
-    from coca_jax.pretrained import read_weights
+    from coca_jax.stored import read_weights
 
     started = time.monotonic()
     weights = read_weights(_INPUT.value, step=_STEP.value, tokenizer=_TOKENIZER.value, name=_NAME.value)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from coca_jax import commandline, config, distributed, evaluator, pretrained, sharding
+from coca_jax import commandline, config, distributed, evaluator, sharding, stored
 from coca_jax.config import ConfigError
 from coca_jax.data.sources import Source
 from coca_jax.evaluate import asked, pieces, report, suite, tables
@@ -70,7 +70,7 @@ def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step:
     mesh_keys = config.Mesh() if given is None else given.mesh
     shape = config.mesh_shape(mesh_keys, jax.device_count(), slice_count=slices)
     mesh = sharding.make_mesh(shape, dcn=config.dcn_shape(mesh_keys, slices))
-    weights = pretrained.read_weights(checkpoint, step=step, mesh=mesh)
+    weights = stored.read_weights(checkpoint, step=step, mesh=mesh)
     c = _merged(weights, given)
     config.check(c, jax.device_count(), slice_count=slices, platform=jax.default_backend())
     if weights.tokenizer is None:

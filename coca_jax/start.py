@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from coca_jax import config, distributed, pretrained
+from coca_jax import config, distributed, stored
 from coca_jax.config import ConfigError
 from coca_jax.data.records import DataError
 from coca_jax.data.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ def _going_on(c: config.Config, workdir: epath.Path) -> Start:
 def _from_checkpoint(c: config.Config, mesh: Mesh, labels: tuple[str, ...]) -> Start:
     path = c.init.checkpoint
     with _Said("checkpoint", path) as said:
-        weights = pretrained.read_weights(path, step=c.init.step or None, mesh=mesh)
+        weights = stored.read_weights(path, step=c.init.step or None, mesh=mesh)
     said.together()
     with _Said("checkpoint", path) as said:
         if c.init.model == "checkpoint":

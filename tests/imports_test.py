@@ -39,11 +39,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "train": ("config", "sharding", "chips", "distributed", "data", "model", "losses"),
     "interop": ("config", "data", "model", "train.state"),
     "plan": ("config", "commandline", "compiler", "chips", "sharding", "model", "train"),
-    "start": ("config", "distributed", "data", "interop", "train", "pretrained"),  # what a run begins from
+    "stored": ("config", "data", "interop", "model", "train"),  # weights, whatever wrote them
+    "start": ("config", "distributed", "data", "interop", "train", "stored"),  # what a run begins from
     "evaluator": ("config", "sharding", "distributed", "data", "apply", "evaluate", "train"),
     "evaluation": (
         *("config", "commandline", "sharding", "distributed", "data", "evaluate", "evaluator", "interop", "train"),
-        "pretrained",
+        "stored",
     ),
     "run": (
         *("config", "commandline", "sharding", "distributed", "data", "evaluate", "evaluator", "start", "supervise"),
@@ -69,8 +70,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("pictures", "pretrained"),
     ),
     "checkpoint": ("config", "commandline", "train.checkpoint"),
-    "convert": ("config", "commandline", "compiler", "data", "interop", "train.checkpoint", "pretrained"),
-    "pretrained": _BELOW_RUN,  # load()
+    "convert": ("config", "commandline", "compiler", "data", "interop", "train.checkpoint", "stored"),
+    "pretrained": (*_BELOW_RUN, "stored"),  # load()
     "__init__": (*_BELOW_RUN, "pretrained"),  # the public surface
     "configs": ("config",),  # the recipes, beside the package
 }

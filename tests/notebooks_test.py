@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from coca_jax.pretrained import read_weights
+from coca_jax.stored import read_weights
 from coca_jax.train.metrics import read_lines
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from coca_jax import config, run
 from coca_jax.interop import exported
 from coca_jax.interop.weights import ConversionError
 from coca_jax.model import flops
-from coca_jax.pretrained import read_weights
+from coca_jax.stored import read_weights
 from coca_jax.train import state
 from coca_jax.train.metrics import read_lines
 from tests import pairs

@@ -21,7 +21,7 @@ from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import exported, open_clip
 from coca_jax.interop.weights import Weights
 from coca_jax.model.image_encoder import resize_positions
-from coca_jax.pretrained import read_weights
+from coca_jax.stored import read_weights
 from tests import pairs, tiny
 from tests.interop import open_clip_files_test
 from tests.interop.open_clip_rewriting_test import parameters

@@ -14,7 +14,7 @@ from coca_jax.data.classes import Task
 from coca_jax.data.records import BadExample, Record
 from coca_jax.interop import exported, open_clip
 from coca_jax.interop.weights import ConversionError
-from coca_jax.pretrained import read_weights
+from coca_jax.stored import read_weights
 from tests.finetune import digits
 from tests.finetune.conftest import Tuned
 

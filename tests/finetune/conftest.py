@@ -14,7 +14,7 @@ import pytest
 from flax import traverse_util
 
 from coca_jax import config, run
-from coca_jax.pretrained import read_weights
+from coca_jax.stored import read_weights
 from coca_jax.train.metrics import read_lines
 from tests.finetune import digits
 

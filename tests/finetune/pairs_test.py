@@ -10,7 +10,7 @@ import pytest
 
 import coca_jax
 from coca_jax.interop import exported
-from coca_jax.pretrained import read_weights
+from coca_jax.stored import read_weights
 from tests.finetune import digits
 from tests.finetune.conftest import Tuned
 
