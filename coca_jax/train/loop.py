@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import grain
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
 from coca_jax import config
 from coca_jax.data import pipeline
-from coca_jax.data import tally as tallies
 from coca_jax.data.classes import Task
 from coca_jax.data.mixture import Mixture, Schedule
-from coca_jax.data.tally import Tally
 from coca_jax.data.tokenizer import Tokenizer
-from coca_jax.model import flops
 from coca_jax.sharding import batch_sharding
-from coca_jax.train import init, skipped
+from coca_jax.train import init
 from coca_jax.train import optimizer as optimizers
 from coca_jax.train import state as states
+from coca_jax.train.bookkeeping import Bookkeeping, Dispatched, Due, Evaluator
 from coca_jax.train.checkpoint import Checkpoints
-from coca_jax.train.metrics import Progress, Writer
 from coca_jax.train.profile import Profile, Steps
-from coca_jax.train.skipped import Diverged
-from coca_jax.train.snapshot import Snapshot, Snapshots
+from coca_jax.train.snapshot import Snapshots
 from coca_jax.train.state import TrainState
 from coca_jax.train.step import compile_step
-from coca_jax.train.stopping import Interrupted, Stopped, Stopping
-from coca_jax.train.watchdog import Watchdog
-
-# Of a state and of what is to be called at every batch: it raises Interrupted where the run is to stop.
-Evaluator = Callable[[TrainState, Callable[[], None]], dict[str, float]]
-
-
-class _Due(NamedTuple):
-    """A checkpoint that is to be written: of which step, its state, position in the data and the batch's records, what
-    came of the evaluation there, and whether there is none to make up for."""
-
-    step: int
-    snapshot: Snapshot
-    position: int
-    records: np.ndarray
-    results: dict[str, float] | None
-    evaluated: bool
+from coca_jax.train.stopping import Stopped, Stopping
 
 
 def train(
@@ -96,136 +73,72 @@ def train(
     identity = pipeline.position_key(mixture, seed=c.seed)
     optimizer = optimizers.of_run(c, states.abstract_parameters(c))
 
-    with jax.set_mesh(mesh), Checkpoints(workdir, c.checkpoint, c.evaluate.best) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(workdir, c.checkpoint, c.evaluate.best) as checkpoints,
+        contextlib.ExitStack() as opened,
+    ):
         abstract = states.abstract(c, optimizer, mesh)
         restored = checkpoints.restore(abstract, identity)
         state, place = restored or (states.real(c, optimizer, mesh), {"position": 0})
         if begin_with and not restored:
             state = init.with_parameters(state, begin_with)
-        first, position, tally = int(state.step), int(place["position"]), Tally(place.get("tally"))
-        # A changed mixture holds from here on.
-        schedule = Schedule.from_json(place.get("schedule", [[0, mixture.weights]])).changed(position, mixture.weights)
-        iterator = iter(_batches(c, mesh, mixture, tokenizer, Task.of(c, labels), schedule, position))
-        listed = tallies.List(mixture, workdir, jax.process_index())
-        left_out = skipped.List(mixture, workdir, first)
+        books = Bookkeeping(c, workdir, mixture, checkpoints, identity, state, place)
+        opened.callback(books.close)
+        del state  # the books' is the one that is stepped
+        first, task = books.first, Task.of(c, labels)
+        iterator = iter(_batches(c, mesh, mixture, tokenizer, task, books.schedule, books.position))
+        opened.callback(iterator.close)  # its threads would else be torn down with the interpreter, complaining
         if first:
             logging.info("resumed %s at step %d", checkpoints.folder, first)
         step_function = compile_step(c, optimizer, mesh, abstract)
-        evaluated = bool(place.get("evaluated", True))
-        writer, progress = Writer(workdir, first, evaluated), Progress(first, c.steps, c.batch_size, flops.of_step(c))
-        profile, watchdog = Profile(workdir, profile_steps, first), Watchdog(c.guard, workdir, progress.say)
-        snapshots, to_save = Snapshots(abstract), None
-        pending: tuple[int, int, np.ndarray, dict[str, Any]] | None = None
-
-        def pause() -> None:
-            """Before what is no step."""
-            progress.pause()
-            watchdog.pause()
-
-        def diverged(at: int, what: str, index: np.ndarray, state: TrainState, position: int) -> Diverged:
-            nonlocal to_save
-            pause()
-            to_save = None
-            kept = left_out.keep(at, index, state, placed(position), identity)
-            return Diverged(f"step {at}: {what}; {kept}; the last checkpoint is step {checkpoints.latest()}")
-
-        def save(due: _Due) -> None:
-            nonlocal to_save
-            to_save = None
-            settle()
-            watchdog.pause()
-            saved, place = due.snapshot.state, placed(due.position, due.evaluated)
-            if not due.snapshot.finite:  # such a state is never saved
-                what = "parameters or optimiser are not finite any more"
-                raise diverged(due.step, what, due.records, saved, due.position)
-            checkpoints.save(saved, place, identity, due.results)
-
-        def settle() -> None:
-            """Reads the metrics of the step before and shows them."""
-            nonlocal pending
-            if pending is None:
-                return
-            (at, seen, index, metrics), pending = pending, None
-            tally.add(c.batch_size, np.asarray(metrics.pop("problems")))
-            metrics = {name: float(value) for name, value in metrics.items()}
-            progress.update(at, metrics)
-            if at % c.log_every == 0 or at == c.steps:
-                epochs = mixture.epochs(schedule.counts(seen))
-                writer.write(at, metrics | progress.rates | tally.metrics() | epochs)
-            if metrics["guard/in_a_row"]:
-                progress.say(left_out.add(at, metrics, index))
-                for name, key in (("in_a_row", "max_in_a_row"), ("skipped", "max_skipped")):
-                    if 0 < getattr(c.guard, key) <= metrics[f"guard/{name}"]:
-                        what = f"{skipped.reason(metrics)}, and config.guard.{key}={getattr(c.guard, key)} is reached: "
-                        what += "lower config.optimizer.peak_lr, or look at the data"
-                        raise diverged(at, what, index, state, position)
-            tally.check(c.data.max_bad, listed.path)
-
-        def placed(position: int, evaluated: bool = True) -> dict[str, Any]:
-            """The place in the data, and whether there is an evaluation to make up for."""
-            place = {"position": position, "schedule": schedule.to_json(), "tally": tally.to_json()}
-            return place if evaluated else place | {"evaluated": False}
-
-        def evaluation(step: int) -> dict[str, float] | None:
-            """Makes it; None where the run is to stop before it is done."""
-            assert evaluate
-            settle()
-            pause()
-            try:
-                results = evaluate(state, stop.check)
-            except Interrupted:
-                return None
-            if results:
-                writer.write(step, results)
-            return results
-
+        profile, snapshots = Profile(workdir, profile_steps, first), Snapshots(abstract)
+        opened.callback(profile.close)
         try:
-            if evaluate and first and not evaluated and evaluation(first) is None:
+            if evaluate and first and not books.evaluated and books.evaluate(first, evaluate, stop) is None:
                 raise Stopped(f"stopped at step {first} of {c.steps}, where it was before")
-            if evaluate and c.evaluate.first and not first and evaluation(0) is None:
+            if evaluate and c.evaluate.first and not first and books.evaluate(0, evaluate, stop) is None:
                 raise Stopped(f"stopped before the first step of {c.steps}: nothing was there to save")
             for step in range(first + 1, c.steps + 1):
-                watchdog.begin(step, progress.seconds_per_step)
+                books.watchdog.begin(step, books.progress.seconds_per_step)
                 asked = time.monotonic()
                 batch = next(iterator)
-                position += c.batch_size
+                books.position += c.batch_size
                 waited = time.monotonic() - asked
                 with profile.step(step):
-                    state, metrics = step_function(
-                        state, {k: v for k, v in batch.items() if k not in pipeline.HOST_KEYS}
+                    books.state, metrics = step_function(
+                        books.state, {k: v for k, v in batch.items() if k not in pipeline.HOST_KEYS}
                     )
                 stop.unsaved = True
-                listed.add(batch["index"], batch["reason"])
-                settle()
+                records = batch["index"]
+                books.listed.add(records, batch["reason"])
+                books.settle()
                 stopping = stop.asked()
-                if to_save and (to_save.results or not stopping):  # a run that stops saves this step
-                    written = to_save.snapshot
-                    save(to_save)
-                    written.drop()
-                to_save = None
-                pending = (step, position, batch["index"], metrics | {"data_wait_seconds": waited})
+                if stopping and books.to_save and not books.to_save.results:
+                    books.to_save = None  # this step is saved instead
+                if books.to_save:
+                    copy = books.to_save.snapshot
+                    books.save()
+                    copy.drop()  # not the last one of a run, which may have to be saved once more
+                books.pending = Dispatched(step, books.position, records, metrics | {"data_wait_seconds": waited})
                 if profile.after(step, metrics):
-                    pause()
+                    books.pause()
                 if step == first + 2:
                     snapshots.prepare()
 
                 last, results = step == c.steps, None
                 due = bool(evaluate) and (last or bool(c.evaluate.every and step % c.evaluate.every == 0))
-                if due and not stopping:
-                    results = evaluation(step)
+                if evaluate and due and not stopping:
+                    results = books.evaluate(step, evaluate, stop)
                     stopping, due = results is None, results is None
-                if results and c.evaluate.best and c.evaluate.best not in results:
-                    # Found out hours into a run: said at every evaluation, and the run goes on.
-                    near = ", ".join(difflib.get_close_matches(c.evaluate.best, results, n=3, cutoff=0.0))
-                    progress.say(f"config.evaluate.best={c.evaluate.best!r} is not measured; near it: {near}")
-                    results = None
-                keep_best = bool(results) and bool(c.evaluate.best)
-                if last or stopping or keep_best or step % c.checkpoint.every == 0 or checkpoints.due(step):
-                    to_save = _Due(step, snapshots.take(state), position, batch["index"], results, not due)
-                    if last or stopping or not to_save.snapshot.copied:
-                        settle()
-                        pause()
-                        save(to_save)
+                best = bool(results) and bool(c.evaluate.best)
+                if last or stopping or best or step % c.checkpoint.every == 0 or checkpoints.due(step):
+                    copy = snapshots.take(books.state)
+                    books.to_save = Due(step, copy, books.position, records, results, not due)
+                    if last or stopping or not copy.copied:
+                        books.settle()
+                        books.pause()
+                        books.save()
                 if stopping and (due or not last):
                     checkpoints.wait()
                     raise Stopped(f"stopped at step {step} of {c.steps}, saved in {checkpoints.folder}")
@@ -233,16 +146,10 @@ def train(
             stop.unsaved = False
         except Exception:
             # The step after it could not be made. Several processes might not all come here, and would wait for ever.
-            if to_save and jax.process_count() == 1:
-                save(to_save)
+            if jax.process_count() == 1:
+                books.save()
             raise
-        finally:
-            watchdog.close()
-            profile.close()
-            iterator.close()  # its threads would else be torn down with the interpreter, complaining
-            writer.close()
-            progress.close()
-    return state
+    return books.state
 
 
 def _batches(
