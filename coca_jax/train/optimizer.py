@@ -74,6 +74,7 @@ def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.Gr
             raise ConfigError(
                 f"config.optimizer.freeze: {pattern!r} matches no parameter's whole path; near it: {near}"
             )
+    everything = parameters
     parameters, _ = frozen.split(parameters, c.freeze)
     if not parameters:
         raise ConfigError(f"config.optimizer.freeze={c.freeze} freezes every parameter: nothing is left to train")
@@ -109,7 +110,9 @@ def make_optimizer(c: config.Optimizer, steps: int, parameters: Any) -> optax.Gr
         parts.append(optax.add_decayed_weights(c.weight_decay, matching(parameters, [c.decay_mask])))
     parts.append(optax.scale_by_learning_rate(schedule(c, steps)))
     if c.layer_decay < 1:
-        parts.append(scaled(layer_scales(parameters, c.layer_decay)))
+        # Levels are counted in the whole model: what is frozen stands above and below the rest all the same.
+        scales, _ = frozen.split(layer_scales(everything, c.layer_decay), c.freeze)
+        parts.append(scaled(scales))
     whole = optax.chain(*parts)
     if c.second_moment_dtype == "bfloat16":
         whole = rounding.second_moments_in_bfloat16(whole)

@@ -267,3 +267,16 @@ def test_lower_layers_learn_more_slowly() -> None:
     for top in (text["lm_head"], ratio["image_projection"], ratio["generative_pooler"]):
         for leaf in jax.tree.leaves(top):
             np.testing.assert_allclose(leaf, 1.0 + 0 * leaf, rtol=1e-5)
+
+
+def test_what_is_frozen_counts_as_a_level() -> None:
+    """The rest learns at the rates that it has where nothing is frozen."""
+    c = config.Optimizer(name="adamw", warmup=0.0, weight_decay=0.0, clip_norm=0.0, layer_decay=0.5)
+    params = _ones()
+    tx = make_optimizer(c, 10, params)
+    whole = jax.jit(tx.update)(params, tx.init(params), params)[0]
+    for freeze in ("text_decoder/multimodal/.*", "image_encoder/blocks/.*"):
+        tx = make_optimizer(tiny.replace(c, freeze=(freeze,)), 10, params)
+        trained, _ = frozen.split(params, (freeze,))
+        updates = jax.jit(tx.update)(trained, tx.init(trained), trained)[0]
+        jax.tree.map(np.testing.assert_array_equal, updates, frozen.split(whole, (freeze,))[0])
