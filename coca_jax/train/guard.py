@@ -64,7 +64,8 @@ def judge(
     unit = jnp.maximum(guard.deviation, FLOOR)
     bound = jnp.float32(jnp.inf)
     if c.spike:
-        bound = jnp.where(guard.accepted >= c.after, guard.mean + c.spike * unit, bound)
+        # Before the first accepted step there is no mean: whatever its norm, a run would never get past it.
+        bound = jnp.where(guard.accepted >= max(c.after, 1), guard.mean + c.spike * unit, bound)
     accepted = jnp.isfinite(loss) & jnp.isfinite(norm) & (value <= bound) & ~_exhausted(c, guard)
 
     # The first steps are averaged evenly. Later ones move the mean by three deviations at most, in either direction.

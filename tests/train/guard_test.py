@@ -65,6 +65,8 @@ def test_what_is_not_finite_and_what_is_a_spike() -> None:
     # Off, and before there are enough steps, only what is not finite counts.
     assert all(judged(dataclasses.replace(c, spike=0.0), [*even(200), (1.0, 1e6)])[1])
     assert judged(c, [*even(20), (1.0, 1e6), (1.0, math.nan)])[1][-2:] == [True, False]
+    # Looked for from the first step on, there is still nothing that the first could be a spike beside.
+    assert judged(dataclasses.replace(c, after=0), [(1.0, 1e4), (1.0, 1.1e4), (1.0, 1e9)])[1] == [True, True, False]
 
 
 def test_an_uneven_run_is_left_alone() -> None:
