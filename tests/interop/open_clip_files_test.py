@@ -90,6 +90,16 @@ def test_every_mlp_width_comes_back(width: int, mlp_dim: int) -> None:
     assert open_clip.model_config(open_clip.open_clip_config(model)).image == model.image
 
 
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 2.5])
+def test_every_temperature_comes_back(temperature: float) -> None:
+    """open_clip keeps its logarithm, which is 0 or less from 1 on."""
+    values = json.loads(json.dumps(open_clip.open_clip_config(tiny.replace(USUAL, temperature=temperature))))
+    assert open_clip.model_config(values).temperature == pytest.approx(temperature, rel=1e-12)
+    for wrong in (None, "1", True):
+        with pytest.raises(ConversionError, match=f"init_logit_scale={wrong!r}: must be a number$"):
+            open_clip.model_config(values | {"init_logit_scale": wrong})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 

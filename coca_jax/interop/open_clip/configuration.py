@@ -171,6 +171,8 @@ def _wrong(key: str, value: Any, default: Any) -> str:
     if isinstance(default, bool):
         return "" if value is None or isinstance(value, bool) else "true or false"
     kinds, wanted = ((int, float), "number") if isinstance(default, float) else ((int,), "whole number")
+    if key == "init_logit_scale":  # a logarithm, of either sign
+        return "" if type(value) in kinds else f"a {wanted}"
     if type(value) in kinds and value < _LARGE and (value > 0 or (value == 0 and key == "pad_id")):
         return ""
     return f"a {wanted} {'from' if key == 'pad_id' else 'above'} 0"
