@@ -65,7 +65,11 @@ def _would_repeat(tokens: Int[Array, "n t"], at: Int[Array, ""], size: int, voca
 
 def draw(logits: Float[Array, "n v"], keys: Key[Array, " n"], options: Options) -> Int[Array, " n"]:
     """A token of each row, by temperature, top_k and top_p, each row by its own key."""
-    logits = logits / options.temperature
+    # From the likeliest down, which is 0 at any temperature: near 0 what may come would otherwise fall below FORBIDDEN,
+    # and at a very high one what is forbidden would rise. float32 cannot divide by less than its tiniest number.
+    below = logits - jnp.max(logits, axis=1, keepdims=True)
+    temperature = max(options.temperature, float(jnp.finfo(jnp.float32).tiny))
+    logits = jnp.where(logits > FORBIDDEN / 2, below / temperature, FORBIDDEN)
     if options.top_k and options.top_k < logits.shape[1]:
         least = jax.lax.top_k(logits, options.top_k)[0][:, -1:]
         logits = jnp.where(logits < least, FORBIDDEN, logits)

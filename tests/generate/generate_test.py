@@ -232,6 +232,23 @@ def test_top_k_and_top_p_keep_the_likeliest() -> None:
         assert 1 < size < 30
 
 
+@pytest.mark.parametrize("kept", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_the_hottest_and_the_coldest_draw_what_may_come(kept: dict[str, Any]) -> None:
+    """What is forbidden stays so however hot it is; the coldest draw is the likeliest, wherever logits lie."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(64, 50)).astype(np.float32)
+    logits[:, :40] = choosing.FORBIDDEN
+    keys = jax.random.split(jax.random.key(0), 64)
+    for temperature in (1e9, 1e30, math.inf):
+        drawn = choosing.draw(jnp.asarray(logits), keys, Options("sample", temperature=temperature, **kept))
+        assert (drawn >= 40).all() and len(set(drawn.tolist())) > 5
+    for temperature in (1e-8, 1e-30, 1e-50):
+        for level in (-20.0, 0.0, 20.0):
+            moved = np.where(logits > choosing.FORBIDDEN / 2, logits + np.float32(level), logits)
+            drawn = choosing.draw(jnp.asarray(moved), keys, Options("sample", temperature=temperature, **kept))
+            np.testing.assert_array_equal(drawn, moved.argmax(axis=1))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is forbidden and made unlikelier, against plain Python
 
