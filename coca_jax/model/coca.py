@@ -259,7 +259,17 @@ class CoCa(nn.Module):
     def prefill(
         self, tokens: Int[Array, "b s"], image_tokens: Float[Array, "b q d"], length: int
     ) -> tuple[Float[Array, "b s v"], DecoderCache]:
-        """Starts decoding: logits of a prompt (at least bos), and a cache with room for `length` tokens in all."""
+        """Starts decoding: logits of a prompt (at least bos), and a cache with room for `length` tokens in all.
+
+        Raises:
+          ValueError: the cache has more room than there are positions, or less than the prompt takes.
+        """
+        positions = self.config.text.length
+        if not tokens.shape[1] <= length <= positions:
+            raise ValueError(
+                f"length={length} of a cache for a prompt of shape {tokens.shape} must be that of the prompt or more, "
+                f"and at most text.length={positions}"
+            )
         cache = self.text_decoder.empty_cache(tokens.shape[0], length)
         return self.text_decoder.step(tokens, cache, image_tokens)
 

@@ -190,3 +190,7 @@ def test_wrong_shapes_are_refused_by_name() -> None:
         apply(model, params, jnp.zeros((1, 20, 20, 3)), tiny.tokens(model, [5]))
     with pytest.raises(ValueError, match="longer than the 9 positions"):
         apply(model, params, tiny.images(model, 1), jnp.ones((1, 10), jnp.int32))
+    pooled = jnp.zeros((1, 4, 16))
+    for prompt, length in ((3, 10), (3, 2), (10, 10)):
+        with pytest.raises(ValueError, match=rf"length={length} of a cache .* \(1, {prompt}\) .*text\.length=9"):
+            apply(model, params, jnp.ones((1, prompt), jnp.int32), pooled, length, method="prefill")
