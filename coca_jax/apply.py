@@ -162,7 +162,7 @@ class Apply:
         if prompts is None:
             prompts = np.full((len(images), 1), self._bos_id, np.int32)
         else:
-            prefix = generate.prefix_length((np.cumprod(prompts[:, 1:] != self._pad_id, axis=1)).sum(axis=1) + 1)
+            prefix = generate.prefix_length(_lengths(prompts, self._pad_id))
         arrays = (images, prompts) if seeds is None else (images, prompts, seeds)
         result: tuple[generate.Captions, np.ndarray | None] = self._captioner(options, prefix)(params, *arrays)
         return result
@@ -182,7 +182,7 @@ class Apply:
         rows = len(images)
         many = -(-_TEXTS // self._shards) * self._shards
         # Positions behind the longest text change nothing; powers of two, so that few programs are compiled.
-        longest = max(2, int((tokens != self._pad_id).sum(axis=1).max()))
+        longest = max(2, int(_lengths(tokens, self._pad_id).max()))
         tokens = tokens[:, : min(tokens.shape[1], 1 << (longest - 1).bit_length())]
         found = []
         with jax.set_mesh(self.mesh):
@@ -227,6 +227,14 @@ class Apply:
         short = -len(x) % self._shards
         x = np.concatenate([x, np.repeat(x[-1:], short, axis=0)]) if short else x
         return jax.make_array_from_callback(x.shape, batch_sharding(self.mesh), lambda index: x[index])
+
+
+def _lengths(tokens: np.ndarray, pad_id: int) -> np.ndarray:
+    """Tokens of each text up to the last one that is not padding, whose id CLIP's vocabulary also has inside of texts.
+
+    1 at least.
+    """
+    return 1 + np.where(tokens != pad_id, np.arange(tokens.shape[1]), 0).max(axis=1)
 
 
 def _near(

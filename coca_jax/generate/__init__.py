@@ -59,7 +59,8 @@ def generate(
             f"prompts of {prompt.shape[1]} tokens (prefix {prefix}) leave nothing of length={length} to generate: "
             "shorten them, or raise the length"
         )
-    lengths = 1 + jnp.sum(jnp.cumprod((prompt[:, 1:] != pad_id).astype(jnp.int32), axis=1), axis=1)
+    # Up to the last that is not padding, whose id CLIP's vocabulary also has inside of texts.
+    lengths = 1 + jnp.max(jnp.where(prompt != pad_id, jnp.arange(prompt.shape[1])[None], 0), axis=1)
     decoder = Decoder(model, params, length)
     ids: dict[str, Any] = {"never": tuple({pad_id, bos_id} - {eos_id}), "eos_id": eos_id, "pad_id": pad_id}
     if options.method == "beam":

@@ -64,5 +64,6 @@ class Linear(nn.Module):
 
 def last_text_token(hidden: Float[Array, "b t d"], tokens: Int[Array, "b t"], pad_id: int) -> Float[Array, "b d"]:
     """The hidden state at the last token that is not padding, which has seen the whole text and the image."""
-    last = jnp.maximum(jnp.sum(tokens != pad_id, axis=1) - 1, 0)
+    # Not a count: CLIP's vocabulary pads with an id that also stands inside of texts, the "!" of "!(".
+    last = jnp.max(jnp.where(tokens != pad_id, jnp.arange(tokens.shape[1])[None], 0), axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

@@ -12,6 +12,7 @@ import pytest
 from coca_jax import config, losses, sharding
 from coca_jax.model import flops
 from coca_jax.model.coca import CoCa
+from coca_jax.model.heads import last_text_token
 from coca_jax.train import frozen, state
 from coca_jax.train.step import gradients_of
 from tests import tiny
@@ -140,3 +141,10 @@ def test_flops_of_what_is_trained() -> None:
     locked = tiny.replace(c, optimizer__freeze=("(?!classifier/).*",))
     assert flops.of_step(locked) == pytest.approx(8 * (parts.image_encoder + 2 * parts.classifier))
     assert frozen.patterns(locked) == locked.optimizer.freeze
+
+
+def test_the_last_token_is_found_behind_one_with_the_id_of_padding() -> None:
+    """CLIP's vocabulary pads with the id of the "!" in "!("."""
+    tokens = np.array([[2, 0, 5, 1, 0, 0], [2, 7, 8, 9, 0, 1], [2, 0, 0, 0, 0, 0], [0] * 6], np.int32)
+    hidden = np.broadcast_to(np.arange(6.0)[None, :, None], (4, 6, 1))
+    np.testing.assert_array_equal(last_text_token(hidden, tokens, 0)[:, 0], [3, 5, 0, 0])
