@@ -94,6 +94,15 @@ BROKEN: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
         broken(optimizer__name="adafactor", optimizer__second_moment_dtype="bfloat16"),
         ("config.optimizer.second_moment_dtype='bfloat16'", "adamw and muon", "set it to 'float32'"),
     ),
+    "momentum that stands still": (broken(optimizer__b1=1.0), ("config.optimizer.b1=1.0", "below 1, e.g. 0.9")),
+    "moments that stand still": (
+        broken(optimizer__name="muon", optimizer__b2=1.0),
+        ("config.optimizer.b2=1.0", "below 1, e.g. 0.999"),
+    ),
+    "nothing in a denominator": (
+        broken(optimizer__name="adamw", optimizer__eps=0.0),
+        ("config.optimizer.eps=0.0", "name='adamw'", "set it to 1e-8"),
+    ),
     "no prompts": (
         broken(evaluate__zero_shot="emoji:all", evaluate__prompts=()),
         ("config.evaluate.prompts is empty", "config.evaluate.zero_shot='emoji:all'", "('a photo of a {}.',)"),

@@ -122,6 +122,17 @@ def check(
             f"config.optimizer.second_moment_dtype={config.optimizer.second_moment_dtype!r} is for adamw and muon: "
             "adafactor keeps rows and columns of it alone; set it to 'float32', or config.optimizer.name"
         )
+    for key, usual in (("b1", 0.9), ("b2", 0.999)):
+        # Adafactor's b2 is a cap, which 1 leaves out.
+        if get(config, f"optimizer.{key}") == 1 and (key == "b1" or config.optimizer.name != "adafactor"):
+            raise ConfigError(
+                f"config.optimizer.{key}=1.0 is of a mean that no gradient ever enters: set it below 1, e.g. {usual}"
+            )
+    if config.optimizer.eps < 1e-37 and config.optimizer.name != "adafactor":
+        raise ConfigError(
+            f"config.optimizer.eps={config.optimizer.eps} is 0 in float32, and config.optimizer.name="
+            f"{config.optimizer.name!r} divides 0 by it where a gradient is 0: set it to 1e-8"
+        )
     for name in ("crop_area", "crop_ratio"):
         low, high = getattr(data, name)
         if not 0 < low <= high or (name == "crop_area" and high > 1):
