@@ -293,11 +293,11 @@ class CoCa(nn.Module):
         image_tokens = pooled = None
         if self.config.bridge.stage:
             return self.bridge.image_tokens(patch_tokens), None
-        if captioning or kind != "parallel":
+        if captioning or (contrastive and kind != "parallel"):
             image_tokens = self.generative_pooler(patch_tokens)
         if kind == "single":
-            assert image_tokens is not None
-            pooled, image_tokens = image_tokens[:, 0], image_tokens[:, 1:]
+            if image_tokens is not None:
+                pooled, image_tokens = image_tokens[:, 0], image_tokens[:, 1:]
         elif contrastive:
             tokens = patch_tokens if kind == "parallel" else image_tokens
             assert tokens is not None

@@ -65,10 +65,9 @@ def forward(
     if model.bridge.stage:
         parts: dict[str, bool] = {"contrastive": contrastive, "captioning": captioning, "matching": matching}
         return _with_bridge(model, encoder, n, t, batch_size, **parts)
-    poolers = 0.0
-    if decodes or pooler.kind != "parallel":
+    poolers, feature = 0.0, contrastive or reads == "contrastive"
+    if decodes or (feature and pooler.kind != "parallel"):
         poolers += _attention(pooler.queries, n, d, image.width)
-    feature = contrastive or reads == "contrastive"
     if feature and pooler.kind == "parallel":
         poolers += _attention(1, n, d, image.width)
     elif feature and pooler.kind == "cascade":

@@ -59,6 +59,13 @@ def test_what_a_task_does_not_read_does_not_exist(reads: str, there: set[str], a
     assert shapes["classifier"]["linear"]["kernel"].shape == (16, 5)
 
 
+@pytest.mark.parametrize("kind", ["cascade", "single"])
+def test_a_pooler_of_its_own_needs_no_other_whatever_the_kind(kind: str) -> None:
+    c = task("pooler", model__pooler__kind=kind)
+    assert state.abstract_parameters(c).keys() == {"classifier", "image_encoder", "logit_scale"}
+    assert flops.forward(c.model, batch_size=8, contrastive=False, captioning=False, classes=True).poolers == 0
+
+
 def test_an_answer_reads_the_last_word_and_no_padding() -> None:
     c = task("decoder")
     params, b = parameters(c), batch(c)
