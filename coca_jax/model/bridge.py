@@ -149,6 +149,9 @@ class Bridge(nn.Module):
         return self.token_embedding.embedding.T
 
     def _embed(self, tokens: Int[Array, "b t"], *, cls: bool) -> Float[Array, "b t d"]:
+        length = self.model.text.length
+        if tokens.shape[1] > length:
+            raise ValueError(f"tokens of shape {tokens.shape} are longer than the {length} positions of the model")
         x = look_up(self.token_embedding, tokens)
         if cls:
             first = jnp.broadcast_to(self.cls_embedding.astype(x.dtype), (x.shape[0], 1, x.shape[2]))

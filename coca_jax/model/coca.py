@@ -131,7 +131,16 @@ class CoCa(nn.Module):
           contrastive, captioning, classes: what is computed.
           matching: of a bridge in stage one: whether texts and images belong together.
           key: draws matching's wrong pairs.
+
+        Raises:
+          ValueError: the classifier's pooler knows the places of another number of frames.
         """
+        frames, given = self.config.head.frames, images.shape[1] if images.ndim == 5 else 1
+        if classes and self.config.head.reads == "pooler" and frames not in (1, given):
+            raise ValueError(
+                f"images of shape {images.shape} given to a classifier of clips of {frames} frames: give [b, {frames}, "
+                "size, size, 3]"
+            )
         patch_tokens = self._patch_tokens(images)
         if self.config.bridge.stage == 1:
             assert not classes

@@ -235,3 +235,8 @@ def on_meshes() -> None:
 @pytest.mark.slow
 def test_eight_devices_equal_one(run_python) -> None:
     run_python(on_meshes, timeout=290)
+
+
+def test_a_text_beyond_the_positions_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(1, 10\) are longer than the 9 positions"):
+        CoCa(ONE.model).apply({"params": PARAMS}, np.ones((1, 10), np.int32), method="encode_text")

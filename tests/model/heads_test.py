@@ -94,6 +94,16 @@ def test_the_frames_places_tell_their_order() -> None:
     np.testing.assert_allclose(classify(params, images), classify(params, images[:, ::-1]), atol=1e-5)
 
 
+@pytest.mark.parametrize("given", [(), (1,), (3,), (4,)], ids=str)
+def test_clips_of_another_number_of_frames_are_refused(given: tuple[int, ...]) -> None:
+    """Their tokens are as many as two frames of another size would have: nothing else tells."""
+    c = task("pooler", 2)
+    images = jax.ShapeDtypeStruct((1, *given, 16, 16, 3), jnp.float32)
+    classify = lambda p, i: CoCa(c.model).apply({"params": p}, i, batch(c)["tokens"][:1], method="classify")  # noqa: E731
+    with pytest.raises(ValueError, match=r"of clips of 2 frames: give \[b, 2, size, size, 3\]"):
+        jax.eval_shape(classify, parameters(c), images)
+
+
 def test_the_loss_is_cross_entropy_with_smoothed_targets() -> None:
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(6, 4)).astype(np.float32), np.array([0, 1, 2, 3, 0, 1])
