@@ -99,6 +99,10 @@ BROKEN: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
         broken(optimizer__name="muon", optimizer__b2=1.0),
         ("config.optimizer.b2=1.0", "below 1, e.g. 0.999"),
     ),
+    "low-rank updates of nothing": (
+        broken(lora__rank=2, lora__kernels=()),
+        ("config.lora.kernels=()", "config.lora.rank=2", "or set rank to 0"),
+    ),
     "nothing in a denominator": (
         broken(optimizer__name="adamw", optimizer__eps=0.0),
         ("config.optimizer.eps=0.0", "name='adamw'", "set it to 1e-8"),

@@ -154,6 +154,11 @@ def check(
             raise ConfigError(
                 f"config.{key}: {pattern!r} is not a regular expression ({error}); an example: '.*/kernel$'"
             ) from error
+    if config.lora.rank and not config.lora.kernels:
+        raise ConfigError(
+            f"config.lora.kernels=() leaves config.lora.rank={config.lora.rank} nothing to update: name some, e.g. "
+            "('.*attention/(query|value)/kernel',), or set rank to 0"
+        )
     _check_init(config.init)
     if min(data.std) <= 0:
         raise ConfigError(f"config.data.std={data.std} must be more than 0 in every channel")
