@@ -19,7 +19,7 @@ from coca_jax.model.bridge import Bridge, hard_pairs, similarities
 from coca_jax.model.heads import Classifier, last_text_token
 from coca_jax.model.image_encoder import ImageEncoder
 from coca_jax.model.poolers import Pooler
-from coca_jax.model.text_decoder import DecoderCache, TextDecoder
+from coca_jax.model.text_decoder import DecoderCache, TextDecoder, output_logits
 from coca_jax.sharding import shard
 
 MAX_LOG_SCALE = math.log(100.0)  # the logit scale is kept in [1, 100] (Radford et al. 2021, section 2.5)
@@ -105,7 +105,7 @@ class CoCa(nn.Module):
         output = self.forward(images, tokens, captioning=self.config.text.n_multi > 0)
         if output.hidden is None:
             return output
-        return dataclasses.replace(output, logits=self.text_decoder.logits(output.hidden))
+        return dataclasses.replace(output, logits=output_logits(output.hidden, self.head()))
 
     def forward(
         self,

@@ -240,3 +240,13 @@ def test_eight_devices_equal_one(run_python) -> None:
 def test_a_text_beyond_the_positions_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(1, 10\) are longer than the 9 positions"):
         CoCa(ONE.model).apply({"params": PARAMS}, np.ones((1, 10), np.int32), method="encode_text")
+
+
+@pytest.mark.parametrize("width", [12, 16])
+def test_the_logits_of_stage_one_are_of_its_own_head(width: int) -> None:
+    """Not of the text decoder's, which waits for stage two, and which is 16 wide."""
+    model = tiny.replace(ONE.model, bridge__width=width, text__tie_embeddings=False)
+    params = parameters(tiny.replace(ONE, model=model))
+    output = CoCa(model).apply({"params": params}, tiny.images(model, 4), TOKENS)
+    head = params["bridge"]["token_embedding"]["embedding"].T
+    np.testing.assert_allclose(output.logits, output.hidden @ head, rtol=1e-5, atol=1e-5)
