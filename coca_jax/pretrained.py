@@ -259,6 +259,8 @@ class Pretrained:
 
     def _rows(self, function: Any, rows: Sequence[np.ndarray], batch_size: int) -> Any:
         """`function(params, *rows)` for some rows at a time; host arrays, or a tree of them."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be 1 or more")
         parts = []
         for start in range(0, len(rows[0]), batch_size):
             part = [x[start : start + batch_size] for x in rows]

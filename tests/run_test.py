@@ -245,6 +245,8 @@ def test_captions_of_every_kind_with_their_scores(workdir: pathlib.Path, monkeyp
         coca.caption(pictures, beamz=3)
     with pytest.raises(ValueError, match="2 prompts for 3 pictures"):
         coca.captions(pictures, ["a", "b"])
+    with pytest.raises(ValueError, match="batch_size=0 must be 1 or more"):
+        coca.encode_image(pictures, batch_size=0)
 
 
 def test_a_checkpoint_is_evaluated_by_itself(
