@@ -10,9 +10,10 @@ from etils import epath
 from tqdm import tqdm
 
 from coca_jax.config import Config
+from coca_jax.data.records import DataError
 from coca_jax.data.sources import Source
 from coca_jax.data.tokenizer import Tokenizer
-from coca_jax.evaluate import pixels
+from coca_jax.evaluate import asked, pixels
 from coca_jax.evaluate.evaluators import EVALUATORS, GALLERY, SHOWN, flat
 from coca_jax.evaluate.pieces import Pieces
 from coca_jax.evaluate.results import Answer, Caption, ClassScore, Functions, Processes, Query, Results
@@ -82,6 +83,7 @@ def run(
 
     Raises:
       ValueError: a source that is missing, empty, unlabelled (zero-shot), or not covered by its batches.
+      DataError: one of which no record can be used.
     """
     evaluate = config.evaluate
     names = split_names(evaluate.splits)
@@ -114,6 +116,8 @@ def run(
             rows, table = without(rows, tables[spec], bad)
             if bad:  # neither right nor wrong: they are left out of every figure, and counted
                 results += Results({f"{name}/bad": float(len(bad))})
+            if not table.rows:
+                raise DataError(asked.none_usable(f"config.evaluate names {spec!r}", source))
             split = Split(
                 *(source, name, table, rows, functions, tokenizer, config, processes, keeper, bar),
                 first=list(names)[:1] == [spec],

@@ -12,6 +12,7 @@ import pytest
 from etils import epath
 
 from coca_jax.config import ConfigError
+from coca_jax.data.records import DataError
 from coca_jax.evaluate import asked, pixels, retrieval, splits, suite, tables
 from coca_jax.evaluate.pieces import Pieces
 from tests.evaluate.shapes import COLORS, LENGTH, SIZE, World, unit
@@ -401,6 +402,30 @@ def test_sources_that_are_missing_or_unlabelled_are_refused(world):
     evaluate = dataclasses.replace(captioner.evaluate, likelihood=5)  # which classifies too
     with pytest.raises(ConfigError, match="has no labels"):
         asked.check(dataclasses.replace(captioner, evaluate=evaluate), sources, None)
+
+
+def test_sources_without_a_usable_picture_are_refused_by_name(world):
+    spec = world.config.evaluate.splits[0]
+
+    class Torn:
+        name, tokenizer_path = "torn", None
+
+        def __len__(self):
+            return 18
+
+        def __getitem__(self, index):
+            return world.sources[spec][index]._replace(image=b"\xff\xd8 torn")
+
+        def fingerprint(self):
+            return "torn"
+
+    sources = world.sources | {spec: Torn()}
+    said = re.escape(f"{spec!r}: none of its 18 records can be used; `python -m coca_jax.data.prepare describe` says")
+    with pytest.raises(ConfigError, match=said):
+        asked.check(world.config, sources, None)
+
+    with pytest.raises(DataError, match=said):
+        suite.run(whole(world), sources, world.tokenizer, world.config, world.batches, progress=False)
 
 
 def test_what_is_asked_for_is_opened_and_looked_at_before_a_training(world):
