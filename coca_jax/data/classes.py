@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 from etils import epath
@@ -13,6 +14,7 @@ from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import Source
 
 FILE = "classes.txt"  # in a workdir: what its classifier tells apart, by number
+_LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines also ends lines at U+0085, U+2028 and others: part of a label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +91,19 @@ PAIRS = Task()  # pictures with captions: no task
 
 
 def read(path: epath.PathLike) -> tuple[str, ...]:
-    """The labels in a file, one a line. Raises DataError where it is missing, or has one twice or less than two."""
+    """The labels in a file, one a line.
+
+    Raises:
+      DataError: it is missing or not UTF-8, or has a label twice or less than two.
+    """
     file = epath.Path(path)
     if not file.is_file():
         raise DataError(f"{path}: no such file; config.data.classes names one with a label a line, or is empty")
-    labels = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}; save it as UTF-8") from error
+    labels = tuple(line.strip() for line in _LINE_END.split(text) if line.strip())
     if len(set(labels)) < len(labels) or len(labels) < 2:
         twice = next((label for label in labels if labels.count(label) > 1), "")
         what = f"has {twice!r} twice" if twice else f"has {len(labels)} labels"
@@ -124,6 +134,10 @@ def of_source(source: Source, *, progress: bool = True) -> tuple[str, ...]:
             f"{source.name} has {len(labels)} labels, and config.loss.lambda_cls trains a classifier: name a labelled "
             "source, or with ?label= the column that holds the labels"
         )
-    if any("\n" in label for label in labels):
-        raise DataError(f"{source.name} has a label of several lines: labels are words, without line ends")
+    for label in labels:  # else the workdir's list of them would be read as another one
+        if _LINE_END.search(label) or label != label.strip():
+            raise DataError(
+                f"{source.name} has the label {label!r}: labels are words without line ends, and without blanks before "
+                "or after them; write them so, or name another column by ?label="
+            )
     return labels

@@ -75,7 +75,7 @@ class Tfds:
         if self._label:
             value = next(iter(_flat(_value(example, self._label))), None)  # the first of several
             if isinstance(value, bytes):
-                label = value.decode("utf-8", "replace")
+                label = value.decode("utf-8", "replace").strip()
             elif value is not None and int(value) >= 0:  # -1 where the set hides it
                 if self._labels and int(value) >= len(self._labels):
                     raise BadExample("unreadable", f"{where}: its class {int(value)} is not one of {len(self._labels)}")

@@ -89,7 +89,7 @@ class WebDataset:
             label = _decoded(contents.get(CLASS, b""), where).strip()
         else:
             value = fields.get(self._label)
-            label = str(value) if isinstance(value, str | int) else ""
+            label = str(value).strip() if isinstance(value, str | int) else ""
         if not captions and not label:
             has = ", ".join(_WHAT[which] for which in range(4) if state[which] > tar_index.LARGE)
             raise BadExample(

@@ -1,0 +1,49 @@
+"""Classes by number, as a workdir keeps them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from coca_jax.data import classes
+from coca_jax.data.records import DataError, Record
+from coca_jax.data.sources import open_source
+from tests.data.sources import tars
+
+ODD = ["a\u2028b", "a\x85b", "a\x0bb", "a\x1cb", "été", "two words"]
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    classes.write(tmp_path / "classes.txt", tuple(ODD))
+    assert classes.read(tmp_path / "classes.txt") == tuple(ODD)
+
+
+def test_labels_of_a_source_are_those_that_its_file_tells(tmp_path):
+    members = []
+    for number, label in enumerate([*ODD, " blank before", "blank behind "]):
+        members += [(f"{number}.jpg", b"i"), (f"{number}.json", json.dumps({"label": label}).encode())]
+    source = open_source(f"webdataset:{tars.write(tmp_path / 'a.tar', members)}?label=label")
+    labels = classes.of_source(source, progress=False)
+    assert labels == tuple(sorted([*ODD, "blank before", "blank behind"]))
+    classes.write(tmp_path / "classes.txt", labels)
+    task = classes.Task(classes.read(tmp_path / "classes.txt"))
+    assert {labels[task.number(source[i])] for i in range(len(source))} == set(labels)
+
+
+@pytest.mark.parametrize("label", ["a\nb", "a\rb", " a", "a\t"])
+def test_labels_that_a_line_cannot_hold_are_refused(label):
+    class Source(list):
+        name = "records"
+
+    source = Source([Record("0", b"i", ("c",), label), Record("1", b"i", ("c",), "other")])
+    with pytest.raises(DataError, match=r"records has the label .*: labels are words without line ends"):
+        classes.of_source(source, progress=False)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "labels.txt").write_bytes(b"caf\xe9\ndog\n")
+    with pytest.raises(DataError, match=r"labels\.txt is not UTF-8: .*save it as UTF-8"):
+        classes.read(tmp_path / "labels.txt")
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\n\r\ndog\r\n")
+    assert classes.read(tmp_path / "labels.txt") == ("cat", "dog")
