@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.records import DataError
+from coca_jax.data.sources.base import IMAGE_EXTENSIONS
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 STOPPED = "stopped: the same command goes on from here"
 _AHEAD = 4  # batches that are decoded before they are asked for
 

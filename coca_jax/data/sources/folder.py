@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
+from absl import logging
+
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import files
 from coca_jax.data.sources.base import (
@@ -172,6 +174,9 @@ def _pictures(root: str) -> dict[str, int]:
                     path = f"{folder}/{entry.name}" if folder else entry.name
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(path)
+                    elif entry.is_dir():  # it may leave the folder, or lead back to where it is
+                        text = "%s is a link to a folder, which is not followed: move or mount the pictures there"
+                        logging.warning(text, entry.path)
                     elif entry.is_file():
                         found[path] = entry.stat().st_size
     ends = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)

@@ -27,7 +27,7 @@ from coca_jax.data.sources.tar_walk import DamagedTar, Member
 
 SUFFIX = ".coca_jax_index"
 # Raise it with every change of what is kept: an index of another version is made again.
-_VERSION = 1
+_VERSION = 2
 _MAGIC = b"CoCaTAR\n"
 _HEAD = 4096  # bytes before the rows
 _STREAM = 8 << 20  # bytes that a store is asked for at once while its headers are read
@@ -214,6 +214,7 @@ def _rows(file: File) -> tuple[np.ndarray, str, int]:
     """The rows of all samples, what is wrong with the file, and how many samples are whole."""
     rows: list[_Row] = []
     last_key, problem = None, ""
+    extensions = set[str]()  # of the last sample
     try:
         with _reader(file) as read:
             start = read(0, 8)
@@ -227,9 +228,11 @@ def _rows(file: File) -> tuple[np.ndarray, str, int]:
                     which = kind_of(extension) if key else None
                     if which is None:
                         continue
-                    if key != last_key:
+                    # A name that comes again begins another sample: shards that were joined may repeat their keys.
+                    if key != last_key or extension in extensions:
                         rows.append(([0] * 4, [0] * 4, [ABSENT] * 4))
-                        last_key = key
+                        last_key, extensions = key, set()
+                    extensions.add(extension)
                     if rows[-1][2][which] == ABSENT:  # the first of several pictures is the sample's
                         _place(rows[-1], which, member, file.size)
                 if not read(file.size - tar_walk.BLOCK, tar_walk.BLOCK).strip(b"\0"):

@@ -32,7 +32,7 @@ _WHAT = {IMAGE: "picture", TEXT: "txt", JSON: "json", CLASS: "cls"}
 class WebDataset:
     """Samples of tar shards: files next to one another whose names are alike up to the first dot.
 
-    A picture (jpg, jpeg, png, webp, gif, bmp), and its caption in a `txt`, or in fields of a `json`; a label in a `cls`
+    A picture (of base.IMAGE_EXTENSIONS), and its caption in a `txt`, or in fields of a `json`; a label in a `cls`
     or in a field of the `json`. Other files are passed over, folders and links too. Nothing is unpacked.
 
     A random sample costs a read of 64 bytes of the shard's index and one of the sample; in a bucket one request.

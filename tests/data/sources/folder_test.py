@@ -8,6 +8,7 @@ import pickle
 import fsspec
 import pytest
 
+from coca_jax import pictures
 from coca_jax.data.records import BadExample, DataError
 from coca_jax.data.sources import open_source
 
@@ -175,6 +176,26 @@ def test_a_folder_for_each_class(classes, tmp_path):
     assert with_one_outside.fingerprint() != source.fingerprint()
 
 
+def test_every_kind_of_picture_that_is_read_is_found_in_a_tree(tmp_path):
+    kinds = [suffix.removeprefix(".") for suffix in pictures.SUFFIXES]
+    assert {"jpg", "tif", "tiff", "avif"} < set(kinds)
+    for kind in kinds:
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"0.{kind.upper()}").write_bytes(b"i")
+    source = open_source(f"folder:{tmp_path}")
+    assert [source[i].label for i in range(len(source))] == sorted(kinds)
+
+
+def test_a_class_that_is_a_link_is_told(classes, tmp_path, caplog):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "4.jpg").write_bytes(b"4")
+    os.symlink(tmp_path / "elsewhere", classes / "n03")
+    os.symlink(classes, classes / "loop")
+    source = open_source(f"folder:{classes}")
+    assert {source[i].label for i in range(len(source))} == {"n01", "n02"}
+    assert {str(classes / name) for name in ("n03", "loop")} == {record.args[0] for record in caplog.records}
+
+
 def test_a_folder_without_captions_or_classes(folder, tmp_path):
     (folder / "sub" / "c.webp").unlink()
     with pytest.raises(DataError, match=r"have neither captions .captions.csv.* nor a folder for each class"):
@@ -182,7 +203,7 @@ def test_a_folder_without_captions_or_classes(folder, tmp_path):
     with pytest.raises(DataError, match=r"\?caption= names a column"):
         open_source(f"folder:{folder}?caption=x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no jpg, jpeg, png, webp, gif, bmp file"):
+    with pytest.raises(DataError, match="no jpg, jpeg, png, webp, gif, bmp, tif, tiff, avif file"):
         open_source(f"folder:{tmp_path}/empty")
     with pytest.raises(DataError, match=r"no folder .*none"):
         open_source(f"folder:{tmp_path}/none")

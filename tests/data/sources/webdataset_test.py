@@ -18,6 +18,7 @@ import pytest
 from coca_jax import cache
 from coca_jax.data.records import BadExample, DataError
 from coca_jax.data.sources import files, open_source, tar_index
+from coca_jax.data.sources.base import IMAGE_EXTENSIONS
 from tests.data.sources import tars
 
 SUFFIX = tar_index.SUFFIX
@@ -94,11 +95,24 @@ def test_cls_members(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp", "gif", "bmp", "PNG"])
+@pytest.mark.parametrize("extension", [*IMAGE_EXTENSIONS, "PNG"])
 def test_kinds_of_pictures(tmp_path, extension):
     path = tars.write(tmp_path / "a.tar", [(f"a/b.c/key.{extension}", b"i"), ("a/b.c/key.txt", b"t"), ("a/x.md", b"-")])
     source = open_source(f"webdataset:{path}")
     assert (len(source), source[0].image, source[0].key) == (1, b"i", "a.tar:a/b.c/key")
+
+
+def test_keys_that_come_again_are_samples_of_their_own(tmp_path):
+    members = [("0.jpg", b"a"), ("0.txt", b"one"), ("0.jpg", b"b"), ("0.txt", b"two")]
+    members += [("1.jpg", b"c"), ("1.png", b"-"), ("1.txt", b"three"), ("1.txt", b"no picture")]
+    source = open_source(f"webdataset:{tars.write(tmp_path / 'a.tar', members)}")
+    assert len(source) == 4
+    assert [(source[i].image, source[i].captions) for i in range(3)] == [
+        (b"a", ("one",)),
+        (b"b", ("two",)),
+        (b"c", ("three",)),
+    ]
+    assert reason(source, 3) == "empty"
 
 
 def test_bad_samples_keep_their_places(tmp_path):
