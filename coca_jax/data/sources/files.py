@@ -53,6 +53,19 @@ class File:
         return self.path.rstrip("/").rpartition("/")[2]
 
 
+def short_names(found: Sequence[File]) -> list[str]:
+    """What each of several files is called in the keys of its records, as text.
+
+    Its name; where two have the same, of all the path from the folder that they have in common.
+    """
+    names = [file.name for file in found]
+    if len(set(names)) < len(names):
+        parts = [file.path.split("/") for file in found]
+        common = next(n for n, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1)
+        names = ["/".join(of_one[common:]) for of_one in parts]
+    return [name.encode(errors="surrogateescape").decode(errors="replace") for name in names]
+
+
 def is_remote(path: str) -> bool:
     """Whether fsspec reads it and not the operating system."""
     return "://" in path

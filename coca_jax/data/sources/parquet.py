@@ -53,7 +53,7 @@ class Parquet:
 
     def __init__(self, spec: Spec, found: Sequence[File]):
         self.name = spec.text
-        self._files, self._root = list(found), spec.get("root")
+        self._files, self._names, self._root = list(found), files.short_names(found), spec.get("root")
         _pyarrow()
         footers = files.each(_footer, self._files, "reading footers", "files")
         schema = footers[0][0]
@@ -95,13 +95,15 @@ class Parquet:
             values = {name: table.column(name)[row].as_py() for name in self._columns}
         except UnicodeDecodeError as error:
             raise BadExample("encoding", f"{where}: its text is not UTF-8: {one_line(error)}") from None
-        captions = texts(values.get(self._caption))
-        label = values.get(self._label)
+        captions = texts(_as_text(values.get(self._caption), where))
+        label = _as_text(values.get(self._label), where)
+        if isinstance(label, float) and label.is_integer():  # what pandas makes of whole numbers, some of them missing
+            label = int(label)
         label = str(label).strip() if isinstance(label, str | int) else ""
         if not captions and not label:
             raise BadExample("no_caption", f"{where} has no caption")
         image = self._picture(values[self._image], file, where)
-        return Record(f"{file.name}:{group}:{row}", image, captions, label)
+        return Record(f"{self._names[file_number]}:{group}:{row}", image, captions, label)
 
     def __repr__(self) -> str:
         return f"Parquet({self.name})"
@@ -167,6 +169,16 @@ class Parquet:
             raise BadExample("empty", f"{where} has no picture")
         root = self._root or file.path.rpartition("/")[0] or ("/" if file.path.startswith("/") else ".")
         return files.picture(root, path, where)
+
+
+def _as_text(value: Any, where: str) -> Any:
+    """A value in which bytes, as some writers leave texts, are text. Raises BadExample."""
+    if isinstance(value, list):
+        return [_as_text(one, where) for one in value]
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise BadExample("encoding", f"{where}: its text is not UTF-8: {one_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class WebDataset:
     def __init__(self, spec: Spec, found: Sequence[File]):
         self.name = spec.text
         self._captions, self._label = spec.fields("caption"), spec.get("label") or "cls"
-        self._shards = _indexed(found)
+        self._shards, self._names = _indexed(found), files.short_names(found)
         self._ends = np.cumsum([shard.count for shard in self._shards], dtype=np.int64)
         self._lock, self._seen = threading.Lock(), set[int]()
         for shard in self._shards:
@@ -95,7 +95,7 @@ class WebDataset:
             raise BadExample(
                 "no_caption", f"{where} has no caption: it has {has}; name fields of the json by ?caption="
             )
-        return Record(f"{shard.file.name}:{key}", contents[IMAGE], captions, label)
+        return Record(f"{self._names[place]}:{key}", contents[IMAGE], captions, label)
 
     def __repr__(self) -> str:
         return f"WebDataset({self.name})"

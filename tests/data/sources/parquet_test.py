@@ -126,6 +126,40 @@ def test_labels(tmp_path):
     assert [source[i].captions for i in (0, 1)] == [("a photo of a dog.",), ("a photo of a cat.",)]
 
 
+def test_texts_without_the_mark_of_texts(tmp_path):
+    captions = pa.array([b"one", "zwei ü".encode(), b"caf\xe9", None], pa.binary())
+    table = {"image": [b"i"] * 4, "caption": captions, "label": pa.array([b"cat"] * 4, pa.binary())}
+    source = open_source(f"parquet:{write(tmp_path / 'x.parquet', table)}")
+    assert [source[i].captions for i in (0, 1)] == [("one",), ("zwei ü",)]
+    assert bad(source, 2) == "encoding"
+    assert (source[3].captions, source[3].label) == (("a photo of a cat.",), "cat")
+    lists = pa.array([[b"one", b"two"]], pa.list_(pa.binary()))
+    path = write(tmp_path / "y.parquet", {"image": [b"i"], "caption": lists})
+    assert open_source(f"parquet:{path}")[0].captions == ("one", "two")
+
+
+def test_whole_numbers_beside_missing_ones_are_labels(tmp_path):
+    table = {"image": [b"i"] * 4, "label": pa.array([3.0, None, 1.5, float("nan")])}  # as pandas writes them
+    source = open_source(f"parquet:{write(tmp_path / 'x.parquet', table)}")
+    assert source[0].label == "3"
+    assert [bad(source, i) for i in (1, 2, 3)] == ["no_caption"] * 3
+
+
+def test_files_of_one_name_have_keys_of_their_own(tmp_path):
+    for part in "ab":
+        (tmp_path / part).mkdir()
+        write(tmp_path / part / "0.parquet", rows(ord(part), 2))
+    source = open_source(f"parquet:{tmp_path}/{{a,b}}/0.parquet")
+    assert [source[i].key for i in range(4)] == [
+        "a/0.parquet:0:0",
+        "a/0.parquet:0:1",
+        "b/0.parquet:0:0",
+        "b/0.parquet:0:1",
+    ]
+    assert pickle.loads(pickle.dumps(source))[3].key == "b/0.parquet:0:1"
+    assert open_source(f"parquet:{tmp_path}/b/0.parquet")[1].key == "0.parquet:0:1"
+
+
 def test_columns_that_are_missing(tmp_path):
     path = write(tmp_path / "0.parquet", {"pixels": [b"a"], "caption": ["a"]})
     with pytest.raises(DataError, match=r"no column of pictures; there are pixels, caption: name them by \?image="):

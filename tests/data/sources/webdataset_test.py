@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pathlib
 import pickle
 import random
 import shutil
@@ -397,6 +398,21 @@ def test_a_cache_of_one_folder_serves_sets_of_equal_names(tmp_path):
     found = [open_source(f"webdataset:{tmp_path}/{name}/0.tar")[0].captions for name in "ab"]
     assert found == [("text 97",), ("text 98",)]
     assert len(list(cache.folder().rglob(f"*{SUFFIX}"))) == 2
+
+
+def test_shards_of_one_name_have_keys_of_their_own(tmp_path):
+    for name in ("x/a", "x/b"):
+        (tmp_path / name).mkdir(parents=True)
+        tars.write(tmp_path / name / "00000.tar", tars.samples(0, 1))
+    source = open_source(f"webdataset:{tmp_path}/x/*/00000.tar")
+    assert [source[i].key for i in (0, 1)] == ["a/00000.tar:000000000", "b/00000.tar:000000000"]
+
+
+def test_a_shard_whose_name_is_not_utf_8_can_be_used(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tar")
+    pathlib.Path(path).write_bytes(tars.tar(tars.samples(0, 1)))
+    key = open_source(f"webdataset:{path}")[0].key
+    assert key == "caf\ufffd.tar:000000000"
 
 
 def test_options_are_checked(shards):
