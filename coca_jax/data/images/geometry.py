@@ -8,6 +8,7 @@ moves by half a cell at most, which is half a pixel of the result or less.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import cv2
@@ -20,6 +21,7 @@ cv2.setNumThreads(0)
 MAX_FACTOR = 8  # libjpeg reduces no further
 
 FAST = "bicubic"  # the interpolation of which this file is about; the others are Pillow's
+_WHOLE = 1 << 26  # pixels: no picture is resized by Pillow to more, of which the middle alone is kept
 _PILLOW = {"pillow-bicubic": PIL.Image.Resampling.BICUBIC, "pillow-bilinear": PIL.Image.Resampling.BILINEAR}
 
 
@@ -120,14 +122,32 @@ def fit(image: np.ndarray, size: int, crop: float = 1.0, interpolation: str = FA
     2019, arXiv:1906.06423).
 
     Pillow's interpolations go with torchvision's order and rounding: the whole picture is resized so that its shorter
-    side is `size / crop`, then the middle is cut out.
+    side is `size / crop`, then the middle is cut out. Of a strip so long that this would take gigabytes, the middle
+    alone is made, to a grey level the same.
     """
     if interpolation != FAST:
         h, w = image.shape[:2]
         short = round(size / crop)
         width, height = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
-        image = resize(image, width, height, interpolation)
         left, top = round((width - size) / 2.0), round((height - size) / 2.0)
+        if width * height > _WHOLE:
+            x, y = _part(w, width, left, size), _part(h, height, top, size)
+            part = PIL.Image.fromarray(np.ascontiguousarray(image[y[0] : y[1], x[0] : x[1]]))
+            return np.asarray(part.resize((size, size), _PILLOW[interpolation], (x[2], y[2], x[3], y[3])))
+        image = resize(image, width, height, interpolation)
         return np.ascontiguousarray(image[top : top + size, left : left + size])
     region = middle(image.shape[1], image.shape[0], size, crop)
     return resize(cut(image, region, 1), size, size)
+
+
+def _part(side: int, target: int, first: int, size: int) -> tuple[int, int, float, float]:
+    """What `size` pixels from `first` on are made of, where a side is resized to `target` by one of Pillow's filters.
+
+    Returns:
+      The pixels start .. stop of the side, and where in them the part begins and ends that the result shows. Few of
+      them: Pillow holds the latter in float32.
+    """
+    low, high = first * side / target, (first + size) * side / target
+    reach = math.ceil(2 * max(1.0, side / target)) + 1  # of the bicubic filter
+    start = max(0, math.floor(low) - reach)
+    return start, min(side, math.ceil(high) + reach), low - start, high - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -39,6 +40,26 @@ def test_pixels_are_pillows(kind: str, shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(pixels, expected(image, 32, kind, 32))
     with_margin = Preprocessor(28, crop=0.875, interpolation=kind).pixels([image])[0]
     np.testing.assert_array_equal(with_margin, expected(image, 28, kind, 32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(40_000, 2), (2, 40_000)])
+def test_of_a_long_strip_the_middle_alone_is_made(kind: str, shape: tuple[int, int], monkeypatch: Any) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*shape[::-1], 3), np.uint8)
+    sizes = []
+    resize = PIL.Image.Image.resize
+
+    def spy(self: PIL.Image.Image, size: tuple[int, int], *rest: Any) -> PIL.Image.Image:
+        sizes.append(size)
+        return resize(self, size, *rest)
+
+    for crop, short in ((1.0, 64), (0.875, 73)):
+        monkeypatch.undo()
+        wanted = expected(PIL.Image.fromarray(noise), 64, kind, short)
+        monkeypatch.setattr(PIL.Image.Image, "resize", spy)
+        pixels = Preprocessor(64, crop=crop, interpolation=kind).pixels([noise])[0]
+        assert np.abs(pixels.astype(int) - wanted).max() <= 1
+    assert sizes == [(64, 64)] * 2
 
 
 def test_an_encoded_picture_is_decoded_whole() -> None:
