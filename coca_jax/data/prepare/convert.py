@@ -16,6 +16,7 @@ from etils import epath
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.prepare import beam, files, local, shards
 from coca_jax.data.prepare.checking import QUALITY, Dropped
+from coca_jax.data.prepare.inputs import check_writable
 from coca_jax.data.prepare.plan import LATE, WORK, Plan, make
 from coca_jax.data.prepare.shards import DROP, Part
 from coca_jax.data.prepare.statistics import Statistics, token_statistics
@@ -87,6 +88,8 @@ def convert(
     folder = epath.Path(os.fspath(out)).expanduser()
     if "://" not in os.fspath(folder):
         folder = epath.Path(os.path.abspath(folder))
+    for named in (os.fspath(folder), name, tokenizer):
+        check_writable(named)
     plan = make(
         source,
         os.fspath(folder),

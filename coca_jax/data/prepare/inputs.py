@@ -18,8 +18,9 @@ def open_inputs(spec: str) -> Mixture:
     It is kept: a process that converts many shards opens their source once.
 
     Raises:
-      DataError: as open_source, or a source has a weight, or is there twice.
+      DataError: as open_source, or a source has a weight, or is there twice, or its name is not UTF-8.
     """
+    check_writable(spec)
     parts = [part.strip() for part in re.split(r"\s\+\s", spec.strip())]
     for part in parts:
         if re.match(r"\S+\s*\*\s", part):
@@ -27,6 +28,14 @@ def open_inputs(spec: str) -> Mixture:
     if double := next((part for part in parts if parts.count(part) > 1), ""):
         raise DataError(f"source {double!r} is there twice: name it once")
     return Mixture([_open(part) for part in parts], [1 / len(parts)] * len(parts))
+
+
+def check_writable(name: str) -> None:
+    """Raises DataError for a name that no manifest can hold: files may be named by bytes that are no text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name!r} is not UTF-8, as a manifest is: rename it") from error
 
 
 def is_sequential(inputs: Mixture) -> bool:

@@ -41,6 +41,21 @@ def test_convert_and_describe(mixed, tmp_path, capsys):
     assert sheet.read_bytes().startswith(b"\xff\xd8")
 
 
+def test_names_that_are_not_utf_8_are_refused(mixed, tmp_path, capsys):
+    odd = os.fsdecode(b"caf\xe9")
+    (tmp_path / odd / "class").mkdir(parents=True)
+    (tmp_path / odd / "class" / "0.jpg").write_bytes(b"i")
+    for arguments in (
+        ["describe", f"folder:{tmp_path}/{odd}"],
+        ["convert", f"--source=folder:{tmp_path}/{odd}", f"--out={tmp_path}/out"],
+        ["convert", f"--source={mixed}", f"--out={tmp_path}/out-{odd}"],
+        ["convert", f"--source={mixed}", f"--out={tmp_path}/out", f"--name={odd}"],
+    ):
+        said = failure(capsys, arguments)
+        assert said.isascii() and "is not UTF-8, as a manifest is: rename it" in said
+    assert sorted(os.listdir(tmp_path)) == [odd]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
