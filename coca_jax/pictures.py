@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -126,7 +127,10 @@ class Parts:
             raise DataError(f"{folder} is a file: Parquet is written as a folder of parts; name another --output")
         for left in folder.glob("*.partial"):
             left.unlink()
-        self._next = 1 + max((int(p.stem.removeprefix("part-")) for p in folder.glob("part-*.parquet")), default=-1)
+        parts = list(folder.glob("part-*.parquet"))
+        if other := next((part for part in parts if not re.fullmatch(r"part-[0-9]+\.parquet", part.name)), None):
+            raise DataError(f"{other} was not written here: name another --output")
+        self._next = 1 + max((int(part.stem.removeprefix("part-")) for part in parts), default=-1)
 
     def done(self) -> set[str]:
         return {value for table in self._tables(self._key) for value in table[self._key].to_pylist()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -207,6 +208,14 @@ def test_odd_names_and_loops_of_links(photos: pathlib.Path, tmp_path: pathlib.Pa
     assert "1 pictures, 6 were there already; 1 could not be read" in pictures.run(
         paths, preprocessor, row, out, batch_size=3, description=""
     )
+
+
+@pytest.mark.parametrize("name", ["part-00000-1b2c.snappy.parquet", "part-.parquet", "part-²3.parquet"])
+def test_parts_of_another_writer_are_named(tmp_path: pathlib.Path, name: str) -> None:
+    (tmp_path / "o.parquet").mkdir()
+    (tmp_path / "o.parquet" / name).write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=rf"{re.escape(name)} was not written here: name another --output"):
+        pictures.open_rows(str(tmp_path / "o.parquet"))
 
 
 def test_damaged_results_are_named(photos: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -137,7 +137,8 @@ def patterns(location: str) -> list[str]:
 
 
 def expand(location: str, where: str, skip: Callable[[str], bool] = lambda name: False) -> list[File]:
-    """The files that a location names: a comma list of paths with {0..9} and {a,b} expanded, and wildcards * ? [ ].
+    """The files that a location names: a comma list of paths with {0..9} and {a,b} expanded, and wildcards * ? [ ],
+    where ** stands for any folders, or none.
 
     Args:
       location: those of a wildcard come in the order of their names, all else in the order in which it is written.
@@ -196,7 +197,7 @@ def _matches(pattern: str, where: str) -> list[File]:
             infos = system.glob(inside, detail=True)
             files = {system.unstrip_protocol(path): info for path, info in infos.items()}
             return [_described(path, info) for path, info in sorted(files.items()) if info.get("type") != "directory"]
-        return [look(path) for path in sorted(glob.glob(pattern)) if os.path.isfile(path)]
+        return [look(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
     except DataError:
         raise
     except Exception as error:  # whatever a store's library raises, e.g. for want of a permission

@@ -76,6 +76,19 @@ def test_patterns(shards):
         open_source(f"webdataset:{shards}/*.tar,{shards}/00001.tar")
 
 
+def test_wildcards_for_folders_are_the_same_on_a_disk_and_in_a_bucket(tmp_path):
+    store = fsspec.filesystem("memory")
+    for number, name in enumerate(("0.tar", "x/1.tar", "x/y/2.tar")):
+        content = tars.tar(tars.samples(number, 1))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        store.pipe(f"/deep/{name}", content)
+    found = [open_source(f"webdataset:{root}/**/*.tar") for root in (tmp_path, "memory://deep")]
+    for source in found:
+        assert [source[i].captions for i in range(len(source))] == [("text 0",), ("text 1",), ("text 2",)]
+    store.rm("/deep", recursive=True)
+
+
 def test_captions_and_labels_from_the_json(shards, tmp_path):
     location = f"webdataset:{shards}/00000.tar"
     assert open_source(f"{location}?caption=caption")[4].captions == ("json 4",)
