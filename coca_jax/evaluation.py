@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,9 @@ from etils import epath
 
 from coca_jax import commandline, config, distributed, evaluator, sharding, stored
 from coca_jax.config import ConfigError
+from coca_jax.data.images import Preprocessor
 from coca_jax.data.sources import Source
+from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import asked, pieces, report, suite, tables
 from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.train import state as states
@@ -158,7 +160,7 @@ def _evaluate(
         "weights": _sample(params, mesh),
         "source": source.fingerprint(),
         "evaluate": dataclasses.asdict(c.evaluate),
-    }
+    } | _reading(c, weights.tokenizer, weights.labels)
     path = folder / RESULTS_FILE
     if known := distributed.gather(_known(path, json.loads(json.dumps(identity))))[0]:
         return dict(known)
@@ -202,6 +204,17 @@ def _sample(params: states.Parameters, mesh: jax.sharding.Mesh) -> str:
     for value in values:
         digest.update(np.asarray(value.addressable_data(0)).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _reading(c: config.Config, tokenizer: Tokenizer, labels: Sequence[str]) -> dict[str, Any]:
+    """What figures depend on beside weights and data: files beside the weights say it, and people edit them."""
+    return {
+        "model": dataclasses.asdict(c.model),
+        "loss": dataclasses.asdict(c.loss),
+        "preprocessing": Preprocessor.from_config(c.model.image.size, c.data).to_json(),
+        "tokenizer": hashlib.sha256(tokenizer.to_bytes()).hexdigest()[:16],
+        "labels": list(labels),
+    }
 
 
 def _known(path: epath.Path, identity: dict[str, Any]) -> dict[str, float] | None:

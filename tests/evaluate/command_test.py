@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from coca_jax import config
+from coca_jax import config, evaluation
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import exported
 from coca_jax.interop.weights import Weights
@@ -83,6 +83,33 @@ def test_wrong_flags_get_one_line(run_python: Callable[..., Any], arguments: lis
     done = run_python(["-m", "coca_jax.evaluate", *arguments], devices=1, check=False)
     assert done.returncode == 1 and done.stderr.startswith(message), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_figures_of_another_way_to_read_pictures_are_not_taken_for_these(tmp_path: pathlib.Path) -> None:
+    """The directory of a model says how pictures are read: weights and data alone do not make the figures."""
+    examples = pairs.examples()[:4]
+    tokenizer = Tokenizer.train([pairs.caption(*e) for e in examples] * 20, vocab_size=300)
+    drawn = tiny.replace(tiny.MODEL, text__vocab_size=tokenizer.vocab_size)
+    exported.write(Weights(config.Config(model=drawn), tiny.parameters(drawn), tokenizer, 5), tmp_path / "model")
+    (tmp_path / "set").mkdir()
+    lines = []
+    for at, example in enumerate(examples):
+        PIL.Image.fromarray(pairs.picture(*example)).save(tmp_path / "set" / f"{at}.png")
+        lines.append(json.dumps({"file_name": f"{at}.png", "caption": pairs.caption(*example)}))
+    (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(lines))
+    evaluate = {"splits": (f"folder:{tmp_path}/set",), "captions": 0, "batch_size": 8}
+
+    def loss(output: str) -> float:
+        assert evaluation.run({"evaluate": evaluate}, str(tmp_path / "model"), str(tmp_path / output)) == 0
+        return found(tmp_path / output)["metrics"]["set/caption_loss"]
+
+    before = loss("out")
+    path = tmp_path / "model" / "coca_jax.json"
+    described = json.loads(path.read_text())
+    described["preprocessing"]["crop"] = 0.25
+    path.write_text(json.dumps(described))
+    after = loss("out")
+    assert after == loss("new") != before
 
 
 @pytest.mark.soak
