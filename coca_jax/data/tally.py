@@ -76,7 +76,7 @@ class List:
         self._seen: set[tuple[str, int]] = set()
         known = self.path.read_text() if self.path.exists() else ""
         self._cut = bool(known) and not known.endswith("\n")
-        for line in known.splitlines():
+        for line in known.split("\n"):  # str.splitlines also ends lines at U+2028 and others, which a key may hold
             try:
                 values = json.loads(line)
                 self._seen.add((values["source"], values["record"]))

@@ -64,3 +64,15 @@ def test_each_bad_record_is_listed_once(tmp_path) -> None:
         (sources[1].name, 1, "k-1", "not_a_picture"),
         (sources[0].name, 5, "k-5", "not_a_picture"),
     ]
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\x85", "\x1d", "\n", "\udcff"])
+def test_keys_with_unusual_line_ends_are_listed_once_too(tmp_path, odd: str) -> None:
+    class Source(list):
+        name, tokenizer_path, attribution, class_names = "folder:x", None, "", None
+
+    mixture = Mixture([Source([Record(f"a{odd}b.jpg", b"x", ("a",))])], (1.0,))
+    code = 1 + list(REASONS).index("truncated")
+    for _ in range(2):  # a run, and the same that goes on
+        tally.List(mixture, epath.Path(tmp_path)).add(np.array([0]), np.array([code]))
+    assert (tmp_path / tally.BAD_EXAMPLES_FILE).read_bytes().count(b"folder:x") == 1
