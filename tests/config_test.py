@@ -107,6 +107,14 @@ BROKEN: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
         broken(optimizer__name="adamw", optimizer__eps=0.0),
         ("config.optimizer.eps=0.0", "name='adamw'", "set it to 1e-8"),
     ),
+    "a moving average that never moves": (
+        broken(optimizer__ema_decay=1.0),
+        ("config.optimizer.ema_decay=1.0", "set it below 1, e.g. 0.9999"),
+    ),
+    "a split without a name": (
+        broken(evaluate__splits=("",)),
+        ("config.evaluate.splits=('',)", "by an empty text", '--config.evaluate.splits="()"'),
+    ),
     "no prompts": (
         broken(evaluate__zero_shot="emoji:all", evaluate__prompts=()),
         ("config.evaluate.prompts is empty", "config.evaluate.zero_shot='emoji:all'", "('a photo of a {}.',)"),
@@ -213,6 +221,10 @@ for _path in rules.NOT_NEGATIVE:
     BROKEN[f"not negative {_path}"] = _changed(_path, -1), (f"config.{_path}=-1 ", "0 or more")
 for _path in rules.SHARE:
     BROKEN[f"share {_path}"] = _changed(_path, 1.5), (f"config.{_path}=1.5 ", "0..1")
+
+
+def test_adafactors_second_moments_need_no_cap() -> None:
+    broken(optimizer__name="adafactor", optimizer__b2=1.0)()
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -128,6 +128,10 @@ def check(
             raise ConfigError(
                 f"config.optimizer.{key}=1.0 is of a mean that no gradient ever enters: set it below 1, e.g. {usual}"
             )
+    if config.optimizer.ema_decay == 1:
+        raise ConfigError(
+            "config.optimizer.ema_decay=1.0 keeps the parameters that it begins with: set it below 1, e.g. 0.9999"
+        )
     if config.optimizer.eps < 1e-37 and config.optimizer.name != "adafactor":
         raise ConfigError(
             f"config.optimizer.eps={config.optimizer.eps} is 0 in float32, and config.optimizer.name="
@@ -162,6 +166,11 @@ def check(
     _check_init(config.init)
     if min(data.std) <= 0:
         raise ConfigError(f"config.data.std={data.std} must be more than 0 in every channel")
+    if not all(split.strip() for split in config.evaluate.splits):
+        raise ConfigError(
+            f"config.evaluate.splits={config.evaluate.splits} names a source by an empty text: to evaluate on none, "
+            'write --config.evaluate.splits="()"'
+        )
     if config.evaluate.zero_shot and not config.evaluate.prompts:
         raise ConfigError(
             f"config.evaluate.prompts is empty and config.evaluate.zero_shot={config.evaluate.zero_shot!r} needs some: "
