@@ -160,6 +160,11 @@ def make(
         raise DataError(f"--name={name}: shards cannot be called that; use letters, digits, - and _")
     if 0 < vocab_size <= _LEAST_PIECES:
         raise DataError(f"--vocab_size={vocab_size}: control ids and single bytes alone are {_LEAST_PIECES}; raise it")
+    if tokenizer and vocab_size:
+        raise DataError(
+            f"--tokenizer={tokenizer} counts tokens where none is trained, and --vocab_size={vocab_size} trains one: "
+            "leave out one of them"
+        )
     if tokenizer:
         Tokenizer(tokenizer)  # says now, not after hours, that it cannot be read
     inputs = open_inputs(source)

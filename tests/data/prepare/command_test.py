@@ -100,6 +100,10 @@ def test_as_a_command(mixed, tmp_path):
             ["convert", "--source={mixed}", "--out={out}", "--vocab_size=5", "--max_bad=1", "--workers=1"],
             "vocab_size=5",
         ),
+        (
+            ["convert", "--source={mixed}", "--out={out}", "--vocab_size=300", "--tokenizer=t.model"],
+            "--tokenizer=t.model counts tokens where none is trained",
+        ),
         (["convert", "--source={mixed}", "--out={out}", "--name=a/b"], "--name=a/b"),
         (["describe", "array_record:/no/such"], "no file matches"),
         (["describe", "tfrecord:/no/such"], "no file matches"),
