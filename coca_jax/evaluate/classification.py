@@ -29,7 +29,8 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "top1": float(np.mean(rank == 1)),
         "top5": float(np.mean(rank <= min(5, classes))),
         "mean_per_class": float(np.mean(np.bincount(members, weights=rank == 1) / sizes)),
-        "largest_class": float(sizes.max() / len(labels)),
+        # A class that the classifier does not have is no answer that it could always give.
+        "largest_class": float(np.bincount(labels[known], minlength=1).max() / len(labels)),
         "chance/top1": 1 / classes,
         "chance/top5": min(5, classes) / classes,
     }
