@@ -10,6 +10,7 @@ import pytest
 
 from coca_jax.data import sources
 from coca_jax.data.records import BadExample, DataError
+from coca_jax.data.sources import files
 
 
 def image(name: str, split: str, captions: list[str], number: int, **more: Any) -> dict[str, Any]:
@@ -100,3 +101,12 @@ def test_what_is_wrong_is_said(tmp_path: pathlib.Path, content: str | None, opti
     with pytest.raises(DataError, match=message) as error:
         sources.open_source(f"karpathy:{tmp_path}/d.json?{options}")
     assert "\n" not in str(error.value)
+
+
+def test_a_file_at_the_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b'{"images": [{"filename": "0.jpg", "split": "test", "sentences": [{"raw": "a"}]}]}'
+    monkeypatch.setattr(files, "read", lambda *_, **__: content)
+    monkeypatch.setattr(files, "picture", lambda root, relative, where: f"{root} {relative}".encode())
+    specs = {name: f"karpathy:{name}?split=test" for name in ("/x.json", "x.json")}
+    found = {name: sources.open_source(spec)[0].image for name, spec in specs.items()}
+    assert found == {"/x.json": b"/ 0.jpg", "x.json": b". 0.jpg"}

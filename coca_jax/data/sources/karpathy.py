@@ -37,7 +37,8 @@ class Karpathy:
     def __init__(self, spec: Spec):
         self.name = spec.text
         self._file = spec.location
-        self._root = spec.get("root") or spec.location.rpartition("/")[0] or "."
+        top = "/" if spec.location.startswith("/") else "."
+        self._root = spec.get("root") or spec.location.rpartition("/")[0] or top
         limit = spec.get("captions")
         if limit and not (limit.isdecimal() and int(limit)):
             raise DataError(
