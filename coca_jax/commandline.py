@@ -11,6 +11,9 @@ from absl import flags, logging
 
 from coca_jax import config
 
+# Not the name alone: a clone is called coca_jax too, and its .venv, with all libraries, lies inside.
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
+
 
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags and returns the other arguments; exits with one line that says what is wrong with them."""
@@ -37,7 +40,7 @@ def quiet() -> None:
     """The libraries' notes to themselves are not for the person at the terminal; their errors are."""
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(
-        lambda record: record.levelno >= std_logging.ERROR or "coca_jax" in record.pathname
+        lambda record: record.levelno >= std_logging.ERROR or record.pathname.startswith(_PACKAGE)
     )
 
 
