@@ -1,7 +1,7 @@
-"""CoCa-Base (Yu et al. 2022, table 1): 86M image encoder, 297M text decoder.
+r"""CoCa-Base (Yu et al. 2022, table 1): 86M image encoder, 297M text decoder.
 
-    python -m coca_jax.main --config=configs/coca_base.py --workdir=gs://BUCKET/coca_base \\
-        --config.data.train='array_record:gs://BUCKET/pairs/train-*.array_record' \\
+    python -m coca_jax.main --config=configs/coca_base.py --workdir=gs://BUCKET/coca_base \
+        --config.data.train='array_record:gs://BUCKET/pairs/train-*.array_record' \
         --config.data.tokenizer=gs://BUCKET/pairs/tokenizer.model
 
 The paper's recipe: batch 65,536, 500k steps, Adafactor with momentum 0.9 and second-moment decay 0.999, decoupled

@@ -1,7 +1,7 @@
-"""CoCa, the paper's largest (Yu et al. 2022, table 1): 1.0B image encoder, 1.1B text decoder.
+r"""CoCa, the paper's largest (Yu et al. 2022, table 1): 1.0B image encoder, 1.1B text decoder.
 
-    python -m coca_jax.main --config=configs/coca_giant.py --workdir=gs://BUCKET/coca_giant \\
-        --config.data.train='array_record:gs://BUCKET/pairs/train-*.array_record' \\
+    python -m coca_jax.main --config=configs/coca_giant.py --workdir=gs://BUCKET/coca_giant \
+        --config.data.train='array_record:gs://BUCKET/pairs/train-*.array_record' \
         --config.data.tokenizer=gs://BUCKET/pairs/tokenizer.model
 
 The recipe is that of coca_base.py, for 2,048 TPU v4 chips (python -m coca_jax.plan --config=configs/coca_giant.py

@@ -1,7 +1,7 @@
-"""CoCa-Large (Yu et al. 2022, table 1): 303M image encoder, 484M text decoder.
+r"""CoCa-Large (Yu et al. 2022, table 1): 303M image encoder, 484M text decoder.
 
-    python -m coca_jax.main --config=configs/coca_large.py --workdir=gs://BUCKET/coca_large \\
-        --config.data.train='array_record:gs://BUCKET/pairs/train-*.array_record' \\
+    python -m coca_jax.main --config=configs/coca_large.py --workdir=gs://BUCKET/coca_large \
+        --config.data.train='array_record:gs://BUCKET/pairs/train-*.array_record' \
         --config.data.tokenizer=gs://BUCKET/pairs/tokenizer.model
 
 The recipe is that of coca_base.py, for 512 TPU v4 chips (python -m coca_jax.plan --config=configs/coca_large.py

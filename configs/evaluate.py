@@ -1,4 +1,4 @@
-"""What a checkpoint is evaluated on: retrieval and captions of a set, zero-shot classification of another.
+r"""What a checkpoint is evaluated on: retrieval and captions of a set, zero-shot classification of another.
 
     python -m coca_jax.evaluate --checkpoint=runs/mine --output=results/mine --config=configs/evaluate.py \
         --config.evaluate.splits="('karpathy:/data/coco/dataset_coco.json?split=test',)" \

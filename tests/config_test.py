@@ -352,6 +352,13 @@ def test_every_recipe_can_run(name: str) -> None:
     config.check(recipe(name), RECIPES[name])
 
 
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.py")), ids=lambda file: file.stem)
+def test_a_recipes_command_can_be_copied_from_its_file(file: pathlib.Path) -> None:
+    """A docstring that is not raw has two backslashes where the shell wants one."""
+    text = file.read_text()
+    assert (ast.get_docstring(ast.parse(text), clean=False) or "?") in text
+
+
 def test_the_small_configuration_of_the_tests_can_run() -> None:
     config.check(tiny.CONFIG, 8)
     for path in (*rules.CHOICES, *rules.POSITIVE):

@@ -1,7 +1,7 @@
-"""Evaluates a checkpoint: retrieval, captioning, zero-shot classification.
+r"""Evaluates a checkpoint: retrieval, captioning, zero-shot classification.
 
     python -m coca_jax.evaluate --checkpoint=runs/mine --output=results/mine
-    python -m coca_jax.evaluate --checkpoint=coca_l14 --output=results/coca_l14 --config=configs/evaluate.py \\
+    python -m coca_jax.evaluate --checkpoint=coca_l14 --output=results/coca_l14 --config=configs/evaluate.py \
         --config.evaluate.splits="('folder:/data/coco/val2014',)"
 
 --checkpoint is a workdir, a directory of coca_jax.convert, or open_clip's files. --config says on what and how: its

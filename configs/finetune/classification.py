@@ -1,7 +1,7 @@
-"""Classification, all weights trained: a pooler of the task's own and a linear layer on the image encoder.
+r"""Classification, all weights trained: a pooler of the task's own and a linear layer on the image encoder.
 
-    python -m coca_jax.main --config=configs/finetune/classification.py --workdir=runs/flowers \\
-        --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/flowers/train \\
+    python -m coca_jax.main --config=configs/finetune/classification.py --workdir=runs/flowers \
+        --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/flowers/train \
         --config.evaluate.splits="('folder:/data/flowers/val',)"
 
 The classes are the labels of the training source (or the lines of config.data.classes). Lower layers learn more slowly

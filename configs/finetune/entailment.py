@@ -1,8 +1,8 @@
-"""Image-text entailment (SNLI-VE): does a sentence follow from a picture? A classifier on the multimodal decoder.
+r"""Image-text entailment (SNLI-VE): does a sentence follow from a picture? A classifier on the multimodal decoder.
 
-    python -m coca_jax.main --config=configs/finetune/entailment.py --workdir=runs/entailment \\
-        --config.init.checkpoint=runs/pretrained \\
-        --config.data.train='folder:/data/snli_ve/train?question=sentence&label=label' \\
+    python -m coca_jax.main --config=configs/finetune/entailment.py --workdir=runs/entailment \
+        --config.init.checkpoint=runs/pretrained \
+        --config.data.train='folder:/data/snli_ve/train?question=sentence&label=label' \
         --config.evaluate.splits="('folder:/data/snli_ve/val?question=sentence&label=label',)"
 
 A line of captions.jsonl is {"image": "1.jpg", "sentence": "two people are outside", "label": "entailment"}, the labels

@@ -1,7 +1,7 @@
-"""A frozen encoder with an attentional pooler of the task's own (CoCa paper, section 3.3).
+r"""A frozen encoder with an attentional pooler of the task's own (CoCa paper, section 3.3).
 
-    python -m coca_jax.main --config=configs/finetune/frozen_pooler.py --workdir=runs/frozen \\
-        --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/flowers/train \\
+    python -m coca_jax.main --config=configs/finetune/frozen_pooler.py --workdir=runs/frozen \
+        --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/flowers/train \
         --config.evaluate.splits="('folder:/data/flowers/val',)"
 
 One query attends to the frozen patch tokens, then a linear layer; both are trained. Expect more than linear_probe.py:

@@ -1,7 +1,7 @@
-"""Goes on at a higher resolution, 288 -> 576 pixels: learned positions are resized.
+r"""Goes on at a higher resolution, 288 -> 576 pixels: learned positions are resized.
 
-    python -m coca_jax.main --config=configs/finetune/higher_resolution.py --workdir=runs/at_576 \\
-        --config.init.checkpoint=runs/pretrained --config.data.train='array_record:/data/pairs/train-*.array_record' \\
+    python -m coca_jax.main --config=configs/finetune/higher_resolution.py --workdir=runs/at_576 \
+        --config.init.checkpoint=runs/pretrained --config.data.train='array_record:/data/pairs/train-*.array_record' \
         --config.evaluate.splits="('folder:/data/coco/val2014',)"
 
 The paper ends its pretraining with an epoch of this. Four times the patches: about four times the encoder's cost.

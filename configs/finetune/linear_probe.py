@@ -1,7 +1,7 @@
-"""A linear probe: all weights frozen, a linear layer on what the contrastive pooler gives.
+r"""A linear probe: all weights frozen, a linear layer on what the contrastive pooler gives.
 
-    python -m coca_jax.main --config=configs/finetune/linear_probe.py --workdir=runs/probe \\
-        --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/flowers/train \\
+    python -m coca_jax.main --config=configs/finetune/linear_probe.py --workdir=runs/probe \
+        --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/flowers/train \
         --config.evaluate.splits="('folder:/data/flowers/val',)"
 
 Cheap: no backward pass but through the linear layer. It measures what the pretrained picture features hold; expect less

@@ -1,7 +1,7 @@
-"""A locked image tower (LiT, arXiv 2111.07991): the encoder and its pooler stay, the text tower learns to read them.
+r"""A locked image tower (LiT, arXiv 2111.07991): the encoder and its pooler stay, the text tower learns to read them.
 
-    python -m coca_jax.main --config=configs/finetune/locked_image.py --workdir=runs/locked \\
-        --config.init.checkpoint=runs/pretrained --config.data.train='array_record:/data/pairs/train-*.array_record' \\
+    python -m coca_jax.main --config=configs/finetune/locked_image.py --workdir=runs/locked \
+        --config.init.checkpoint=runs/pretrained --config.data.train='array_record:/data/pairs/train-*.array_record' \
         --config.evaluate.zero_shot='tfds:imagenet2012?split=validation&classes=imagenet'
 
 No backward pass through the image tower, and every bit of it stays. For a text tower from the seed (another language,

@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685): low-rank updates of the attention kernels are all that is trained.
+r"""LoRA (arXiv 2106.09685): low-rank updates of the attention kernels are all that is trained.
 
-    python -m coca_jax.main --config=configs/finetune/lora.py --workdir=runs/lora \\
-        --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/coco/train2014 \\
+    python -m coca_jax.main --config=configs/finetune/lora.py --workdir=runs/lora \
+        --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/coco/train2014 \
         --config.evaluate.splits="('folder:/data/coco/val2014',)"
 
 Moments for the updates alone: the optimiser's state is a small share of the model's. What is loaded or exported are the

@@ -1,7 +1,7 @@
-"""Retrieval in a set of one's own: the contrastive half alone.
+r"""Retrieval in a set of one's own: the contrastive half alone.
 
-    python -m coca_jax.main --config=configs/finetune/retrieval.py --workdir=runs/retrieval \\
-        --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/flickr30k/train \\
+    python -m coca_jax.main --config=configs/finetune/retrieval.py --workdir=runs/retrieval \
+        --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/flickr30k/train \
         --config.evaluate.splits="('folder:/data/flickr30k/val',)"
 
 The captioning half is not in the model (lambda_cap=0), which a step then does not pay for. Evaluated before the first

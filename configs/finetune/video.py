@@ -1,7 +1,7 @@
-"""Video classification with the frozen encoder: one pooler over the tokens of all frames (CoCa paper, section 3.3).
+r"""Video classification with the frozen encoder: one pooler over the tokens of all frames (CoCa paper, section 3.3).
 
-    python -m coca_jax.main --config=configs/finetune/video.py --workdir=runs/actions \\
-        --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/actions/train \\
+    python -m coca_jax.main --config=configs/finetune/video.py --workdir=runs/actions \
+        --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/actions/train \
         --config.evaluate.splits="('folder:/data/actions/val',)"
 
 A clip is a line of captions.jsonl, {"image": ["a/0.jpg", "a/1.jpg", ...], "label": "running"}, or a record of several

@@ -1,9 +1,9 @@
-"""Visual question answering: a classifier of answers on the multimodal decoder's last text token.
+r"""Visual question answering: a classifier of answers on the multimodal decoder's last text token.
 
-    python -m coca_jax.main --config=configs/finetune/vqa.py --workdir=runs/vqa \\
-        --config.init.checkpoint=runs/pretrained \\
-        --config.data.train='folder:/data/vqa/train?question=question&label=answer' \\
-        --config.data.classes=/data/vqa/answers.txt \\
+    python -m coca_jax.main --config=configs/finetune/vqa.py --workdir=runs/vqa \
+        --config.init.checkpoint=runs/pretrained \
+        --config.data.train='folder:/data/vqa/train?question=question&label=answer' \
+        --config.data.classes=/data/vqa/answers.txt \
         --config.evaluate.splits="('folder:/data/vqa/val?question=question&label=answer',)"
 
 A line of captions.jsonl is {"image": "1.jpg", "question": "what colour is the car?", "answer": "red"}. answers.txt has

@@ -1,6 +1,6 @@
-"""BLIP-2's first stage (arXiv 2301.12597): 32 queries learn to read a frozen image encoder, with a text of their own.
+r"""BLIP-2's first stage (arXiv 2301.12597): 32 queries learn to read a frozen image encoder, with a text of their own.
 
-    python -m coca_jax.main --config=configs/relatives/bridge_stage_one.py --workdir=runs/bridge_one \\
+    python -m coca_jax.main --config=configs/relatives/bridge_stage_one.py --workdir=runs/bridge_one \
         --config.init.checkpoint=runs/quickstart
 
 Contrastive, captioning and matching loss on one query transformer in the place of the poolers. Image encoder and text

@@ -1,6 +1,6 @@
-"""BLIP-2's second stage: the first one's queries, projected, are what the frozen text decoder reads as the image.
+r"""BLIP-2's second stage: the first one's queries, projected, are what the frozen text decoder reads as the image.
 
-    python -m coca_jax.main --config=configs/relatives/bridge_stage_two.py --workdir=runs/bridge_two \\
+    python -m coca_jax.main --config=configs/relatives/bridge_stage_two.py --workdir=runs/bridge_two \
         --config.init.checkpoint=runs/bridge_one
 
 Captioning loss alone; its gradient goes through the decoder, and trains the bridge only. What comes out is loaded,

@@ -1,6 +1,6 @@
-"""LiT (arXiv 2111.07991): a text tower from the seed learns to read a locked image tower, the quickstart's for one.
+r"""LiT (arXiv 2111.07991): a text tower from the seed learns to read a locked image tower, the quickstart's for one.
 
-    python -m coca_jax.main --config=configs/relatives/lit.py --workdir=runs/lit \\
+    python -m coca_jax.main --config=configs/relatives/lit.py --workdir=runs/lit \
         --config.init.checkpoint=runs/quickstart
 
 configs/finetune/locked_image.py's freezing, on the built-in set. Encoder, contrastive pooler and image projection are
