@@ -146,7 +146,8 @@ make_environment() {
   rm -f "$stamp"
   if $have_uv; then
     say "Installing $package with uv"
-    uv pip install --python "$python" --editable "$repository${package#coca_jax}" || return 1
+    # With pip, which uv leaves out: docs and messages say `pip install "coca_jax[...]"`, and another pip would not find it.
+    uv pip install --python "$python" pip --editable "$repository${package#coca_jax}" || return 1
   else
     say "Installing $package with pip: some minutes the first time"
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip --upgrade >/dev/null || return 1

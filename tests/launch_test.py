@@ -123,7 +123,7 @@ _FAKE_UV = f"""#!/bin/bash
 # Makes an environment that is a link to a real one, and writes down what it is asked to install.
 case $1 in
   venv) mkdir -p "${{!#}}/bin" && ln -s {sys.executable} "${{!#}}/bin/python" ;;
-  pip) echo "${{!#}}" >>"$LOG"; exit "${{EXIT:-0}}" ;;
+  pip) [[ " $* " == *" pip --editable "* ]] || exit 4; echo "${{!#}}" >>"$LOG"; exit "${{EXIT:-0}}" ;;
 esac
 """
 
