@@ -270,9 +270,10 @@ def run(
       A line that says what was done.
     """
     rows, bad = open_rows(output), Lines(pathlib.Path(output + ".bad.jsonl"))
-    known = rows.done() | bad.done()
-    numbers = [at for at, path in enumerate(paths) if path not in known]
-    failed = 0
+    done, unreadable = rows.done(), bad.done()
+    numbers = [at for at, path in enumerate(paths) if path not in done and path not in unreadable]
+    there = sum(path in done for path in paths)
+    made, failed = 0, len(paths) - there - len(numbers)  # what an earlier run could not read is not there either
 
     def read(at: int) -> np.ndarray | DataError:
         try:
@@ -299,13 +300,14 @@ def run(
             waiting += [[pool.submit(read, at) for at in more] for more in itertools.islice(ahead, 1)]
             good = [(at, x) for at, x in zip(batch, found, strict=True) if isinstance(x, np.ndarray)]
             if good:
-                made = compute(np.stack([x for _, x in good]), [at for at, _ in good])
-                rows.add([{"path": paths[at]} | row for (at, _), row in zip(good, made, strict=True)])
+                results = compute(np.stack([x for _, x in good]), [at for at, _ in good])
+                rows.add([{"path": paths[at]} | row for (at, _), row in zip(good, results, strict=True)])
+                made += len(good)
             if len(good) < len(batch):
                 pairs = zip(batch, found, strict=True)
                 bad.add([{"path": paths[at], "error": str(x)} for at, x in pairs if isinstance(x, DataError)])
                 failed += len(batch) - len(good)
             bar.update(len(batch))
-    skipped = f", {len(paths) - len(numbers)} were there already" if len(numbers) < len(paths) else ""
+    skipped = f", {there} were there already" if there else ""
     unread = f"; {failed} could not be read, see {output}.bad.jsonl" if failed else ""
-    return f"{len(numbers) - failed} pictures{skipped}{unread}: {output}"
+    return f"{made} pictures{skipped}{unread}: {output}"
