@@ -216,13 +216,15 @@ def test_what_the_values_decide_is_refused(tmp_path: pathlib.Path) -> None:
 
 def test_missing_halves_and_other_pictures_are_refused(tmp_path: pathlib.Path) -> None:
     w = weights({})
-    c = tiny.replace(w.config, loss__lambda_con=0.0, data__eval_crop=0.875)
+    c = tiny.replace(w.config, loss__lambda_con=0.0, data__eval_crop=0.875, model__gelu="tanh")
     with pytest.raises(ConversionError) as error:
         open_clip.write(dataclasses.replace(w, config=c), tmp_path / "out")
     assert str(error.value).splitlines()[1:] == [
         "  config.loss.lambda_con=0.0: the model has no contrastive half, and open_clip's CoCa has both",
         "  config.data.eval_crop=0.875: open_clip's preprocessing keeps the whole square",
+        *(f"  {reason}" for reason in open_clip.rewriting.refused(c.model)),
     ]
+    assert "config.model.gelu='tanh'" in str(error.value)
     del w.params["logit_scale"]
     with pytest.raises(ConversionError, match=r"in 1 places:\n  missing: logit_scale"):
         open_clip.write(w, tmp_path / "out")

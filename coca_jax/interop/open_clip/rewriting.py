@@ -66,6 +66,11 @@ def explain(model: config.Model) -> list[tuple[str, str, str]]:
     return lines
 
 
+def refused(model: config.Model) -> list[str]:
+    """Why open_clip's CoCa cannot be this model: every reason, none where it can."""
+    return [f"{what}: {why}" for what, status, why in explain(model) if status == "refused"]
+
+
 def rewrite(model: config.Model, params: Mapping[str, Any]) -> tuple[config.Model, Parameters]:
     """The same function as one of open_clip's architecture, with float32 parameters.
 
@@ -79,9 +84,8 @@ def rewrite(model: config.Model, params: Mapping[str, Any]) -> tuple[config.Mode
     Raises:
       ConversionError: it cannot be; every reason is listed.
     """
-    refused = [f"{what}: {why}" for what, status, why in explain(model) if status == "refused"]
-    if refused:
-        raise ConversionError("open_clip's CoCa cannot be this model:", refused)
+    if reasons := refused(model):
+        raise ConversionError("open_clip's CoCa cannot be this model:", reasons)
     flat = {path: np.asarray(x).astype(np.float32) for path, x in traverse_util.flatten_dict(params, sep="/").items()}
     for d in _DIFFERENCES:
         if d.applies(model):

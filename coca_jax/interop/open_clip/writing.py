@@ -15,7 +15,7 @@ from coca_jax.data.vocabulary import ClipMerges
 from coca_jax.interop import folders, tokenizer_json
 from coca_jax.interop.open_clip import extras, reading
 from coca_jax.interop.open_clip.configuration import open_clip_config
-from coca_jax.interop.open_clip.rewriting import rewrite
+from coca_jax.interop.open_clip.rewriting import refused, rewrite
 from coca_jax.interop.open_clip.table import check_parameters, export_parameters, import_parameters
 from coca_jax.interop.weights import ConversionError, Weights
 
@@ -53,7 +53,7 @@ def write(weights: Weights, folder: epath.PathLike, *, overwrite: bool = False) 
     if c.data.eval_crop != 1:
         reasons.append(f"config.data.eval_crop={c.data.eval_crop}: open_clip's preprocessing keeps the whole square")
     if reasons:
-        raise ConversionError("open_clip cannot have this model:", reasons)
+        raise ConversionError("open_clip cannot have this model:", reasons + refused(c.model))
     check_parameters(weights.params, c.model)
     model, params = rewrite(c.model, weights.params)
     tensors = export_parameters(params, model)
