@@ -239,6 +239,7 @@ def _tokenizer(c: config.Config, source: sources.Source, begun_with: Tokenizer |
     path = c.data.tokenizer or source.tokenizer_path
     if not path:
         raise ConfigError(
-            f"config.data.tokenizer is empty and {c.data.train!r} brings none: set it to a SentencePiece model file"
+            f"config.data.tokenizer is empty and {c.data.train!r} brings none: set it to a vocabulary's file; "
+            "python -m coca_jax.data.prepare convert with --vocab_size=N trains one (docs/data.md)"
         )
     return Tokenizer(path)

@@ -100,9 +100,13 @@ def test_another_configuration_in_a_used_workdir_is_refused(recipe: Any, workdir
             ("config.evaluate.splits='array_record:/nowhere/*'", "no file matches"),
         ),
         ({"evaluate.zero_shot": "folder:/nowhere"}, ("config.evaluate.zero_shot='folder:/nowhere'",)),
-        ({"evaluate.reference_style": "ink"}, ("config.evaluate.reference_style='ink'", "the styles of", "are none")),
+        (
+            {"evaluate.reference_style": "ink"},
+            ("config.evaluate.reference_style='ink'", "are none; --config.evaluate.reference_style= takes all"),
+        ),
         ({"optimizer.freeze": ("poolre/.*",)}, ("config.optimizer.freeze: 'poolre/.*' matches no parameter",)),
         ({"model.text.vocab_size": 100}, ("config.model.text.vocab_size=100", "283 pieces")),
+        ({"data.tokenizer": ""}, ("config.data.tokenizer is empty", "data.prepare convert with --vocab_size=N")),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -75,7 +75,8 @@ def baselines(
 def no_such_style(style: str, reference: Source, styles: set[str]) -> str:
     """What is said where no record of the reference has the configured style."""
     there = ", ".join(sorted(styles - {""})) or "none"
-    return f"config.evaluate.reference_style={style!r}: the styles of {reference.name} are {there}"
+    wanted = f"config.evaluate.reference_style={style!r}: the styles of {reference.name} are {there}"
+    return f"{wanted}; --config.evaluate.reference_style= takes all its pictures"
 
 
 def _pictures(

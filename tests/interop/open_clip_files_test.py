@@ -125,6 +125,9 @@ def test_a_directory_a_file_in_it_and_a_file_alone_are_the_same(
 
 def test_files_that_are_missing_or_damaged(tmp_path: pathlib.Path) -> None:
     assert "holds no weights that are known (there are: no files)" in said(tmp_path)
+    for number in range(30):  # a folder of pictures, say: not all of its names
+        (tmp_path / f"{number:02}.png").touch()
+    assert "07.png, 08.png, 09.png and 20 more)" in said(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert "holds weights in several files (model.safetensors.index.json)" in said(tmp_path)
     folder = directory(tmp_path / "a")

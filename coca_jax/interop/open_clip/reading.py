@@ -124,8 +124,10 @@ def _weights_file(folder: epath.Path) -> epath.Path:
     others = [name for name in names if name.endswith((".safetensors", *torch_files.SUFFIXES))]
     others = [name for name in others if name != extras.REPLACED_FILE]
     if len(others) != 1:
+        there = others or names
+        seen = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
         raise ConversionError(
-            f"{folder} holds no weights that are known (there are: {', '.join(others or names) or 'no files'}): it is "
+            f"{folder} holds no weights that are known (there are: {seen or 'no files'}): it is "
             "neither a workdir (config.json, checkpoints/), nor of coca_jax.convert (coca_jax.json), nor open_clip's "
             f"(open_clip_config.json, {WEIGHTS_FILE}); name the file of the weights itself if it is another"
         )

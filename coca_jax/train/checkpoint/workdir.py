@@ -52,7 +52,7 @@ def keep_config(workdir: epath.Path, c: config.Config) -> None:
             if not weights_alone and not any(key == k or key.startswith(k + ".") for k in _MAY_CHANGE):
                 raise ConfigError(
                     f"config.{key}={new!r}, but {path} was begun with {old!r}: put it back, or start in another "
-                    "--workdir"
+                    f"--workdir, with its weights by --config.init.checkpoint={workdir}"
                 )
             logging.info("config.%s was %r and is %r", key, old, new)
     partial = path.with_name(path.name + ".partial")
