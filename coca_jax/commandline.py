@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging as std_logging
 import os
 import sys
@@ -13,6 +14,7 @@ from coca_jax import config
 
 # Not the name alone: a clone is called coca_jax too, and its .venv, with all libraries, lies inside.
 _PACKAGE = os.path.join(os.path.dirname(__file__), "")
+_KEYS = {field.name for field in dataclasses.fields(config.Config)}
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -32,6 +34,10 @@ def parse(argv: list[str]) -> list[str]:
     except SystemExit as done:
         # absl ends with 1 after its help, which is no failure.
         sys.exit(0 if {"--help", "--helpshort", "--helpfull"} & set(argv) else done.code)
+    except flags.UnrecognizedFlagError as error:
+        is_key = "config" in flags.FLAGS and error.flagname.partition(".")[0] in _KEYS
+        key = f": it is a key of the configuration, --config.{error.flagname}" if is_key else ""
+        sys.exit(f"error: {_one_line(error)}{key}")
     except Exception as error:  # a recipe is a program: it may raise anything
         sys.exit(f"error: {_one_line(error)}")
 

@@ -52,6 +52,7 @@ def refused(run_python: RunPython, arguments: list[str], devices: int = 1) -> st
         ([DEBUG, "--config.model.image.widht=3"], ["config.model.image.widht", "near it: config.model.image.width"]),
         ([DEBUG, "--config.steps=many"], ["--config.steps=many", "int"]),
         ([DEBUG, "--workdri=x"], ["workdri", "workdir"]),
+        ([DEBUG, "--steps=5"], ["'steps': it is a key of the configuration, --config.steps"]),
         ([DEBUG, "--workdir={folder}/run", "train"], ["unknown argument 'train'", "--config.key=value"]),
         ([DEBUG, "--workdir={folder}/run", "--mode=test"], ["--mode=test", "train|evaluate"]),
         (
@@ -61,7 +62,16 @@ def refused(run_python: RunPython, arguments: list[str], devices: int = 1) -> st
     ],
     ids=[
         *("no arguments", "no config", "no workdir", "no such config", "typo in a recipe", "syntax of a recipe"),
-        *("type in a recipe", "unknown key", "type of a key", "unknown flag", "no flag", "unknown mode", "heads"),
+        *(
+            "type in a recipe",
+            "unknown key",
+            "type of a key",
+            "unknown flag",
+            "key without config",
+            "no flag",
+            "unknown mode",
+            "heads",
+        ),
     ],
 )
 def test_flags_and_recipes(

@@ -79,8 +79,9 @@ class Tokenizer:
     def encode_prompts(self, texts: Sequence[str]) -> np.ndarray:
         """Beginnings of captions, int32 `[b, p]`: bos, pieces, padding, as long as the longest. Empty ones are bos."""
         pieces = [[self.bos_id, *self._vocabulary.encode(text)] for text in texts]
-        longest = max(map(len, pieces))
-        return np.array([row + [self.pad_id] * (longest - len(row)) for row in pieces], np.int32)
+        longest = max(map(len, pieces), default=1)
+        rows = [row + [self.pad_id] * (longest - len(row)) for row in pieces]
+        return np.array(rows, np.int32).reshape(len(rows), longest)
 
     def encode_batch(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Token ids of several texts, int32 `[b, length]`."""

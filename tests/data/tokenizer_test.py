@@ -76,6 +76,7 @@ def test_batch_is_its_rows(tokenizer):
     for row, text in zip(batch, texts, strict=True):
         np.testing.assert_array_equal(row, tokenizer.encode(text, 12))
     assert tokenizer.encode_batch([], 12).shape == (0, 12)
+    assert tokenizer.encode_prompts([]).shape == (0, 1)
 
 
 def test_the_same_from_file_bytes_and_pickle(tokenizer, tmp_path):
