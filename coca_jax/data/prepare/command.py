@@ -203,9 +203,11 @@ def _convert(options: argparse.Namespace) -> str:
 
 def _describe(options: argparse.Namespace) -> str:
     found = describe(options.spec or options.source, options.sample, options.tokenizer)
+    said = text(found, options.length)
     if options.contact_sheet:
         contact_sheet(found.examples, options.contact_sheet)
-    return text(found, options.length)
+        said += f"\n\ncontact sheet: {options.contact_sheet}"
+    return said
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ def test_convert_and_describe(mixed, tmp_path, capsys):
     assert f"read it as array_record:{out}/*.array_record" in page
     sheet = tmp_path / "sheet.jpg"
     assert prepare.main(["describe", f"array_record:{out}/*.array_record", f"--contact_sheet={sheet}"]) == 0
-    assert "36 records, all of them read" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "36 records, all of them read" in said and said.endswith(f"contact sheet: {sheet}\n")
     assert sheet.read_bytes().startswith(b"\xff\xd8")
 
 
