@@ -146,7 +146,8 @@ make_environment() {
   rm -f "$stamp"
   if $have_uv; then
     say "Installing $package with uv"
-    # With pip, which uv leaves out: docs and messages say `pip install "coca_jax[...]"`, and another pip would not find it.
+    # With pip, which uv leaves out: docs and messages say `pip install "coca_jax[...]"`, and another environment's pip
+    # would not find it.
     uv pip install --python "$python" pip --editable "$repository${package#coca_jax}" || return 1
   else
     say "Installing $package with pip: some minutes the first time"
