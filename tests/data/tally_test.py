@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +72,8 @@ def test_keys_with_unusual_line_ends_are_listed_once_too(tmp_path, odd: str) -> 
     class Source(list):
         name, tokenizer_path, attribution, class_names = "folder:x", None, "", None
 
-    mixture = Mixture([Source([Record(f"a{odd}b.jpg", b"x", ("a",))])], (1.0,))
+    source: Any = Source([Record(f"a{odd}b.jpg", b"x", ("a",))])
+    mixture = Mixture([source], (1.0,))
     code = 1 + list(REASONS).index("truncated")
     for _ in range(2):  # a run, and the same that goes on
         tally.List(mixture, epath.Path(tmp_path)).add(np.array([0]), np.array([code]))
