@@ -75,9 +75,9 @@ def _lines(path: str) -> list[str]:
     if not file.is_file():
         raise DataError(f"--texts={path}: no such file")
     try:
-        return list(
-            dict.fromkeys(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-        )
+        # Not splitlines, which also ends lines at U+2028, U+0085 and others that stand inside of texts.
+        lines = file.read_text(encoding="utf-8").split("\n")
+        return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     except UnicodeDecodeError as error:
         raise DataError(f"--texts={path} is not UTF-8: {error}") from error
 

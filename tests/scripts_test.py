@@ -51,7 +51,7 @@ def photos(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def test_captions_of_a_folder(
@@ -112,10 +112,10 @@ def test_features_as_parquet_and_of_texts(
     assert again["path"].to_pylist() == paths
 
     texts = tmp_path / "texts.txt"
-    texts.write_text("a red dot\n\na blue cross\na red dot\n")
+    texts.write_text("a red dot\n\na blue\u2028cross\r\na red dot\n", encoding="utf-8")
     done = run_python([*command, f"--texts={texts}", f"--output={tmp_path}/texts.jsonl"], devices=1)
     rows = lines(tmp_path / "texts.jsonl")
-    assert [row["text"] for row in rows] == ["a red dot", "a blue cross"]
+    assert [row["text"] for row in rows] == ["a red dot", "a blue\u2028cross"]
     features = np.array([row["feature"] for row in rows])
     np.testing.assert_allclose(features, coca.encode_text([row["text"] for row in rows]), atol=1e-5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import io
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 
@@ -148,10 +149,12 @@ class Tokenizer:
         Raises:
           DataError: no captions, or a vocabulary too small for the characters in them.
         """
-        out = io.BytesIO()
+        out, captions = io.BytesIO(), iter(captions)
+        if (first := next(captions, None)) is None:
+            raise DataError(f"a vocabulary of vocab_size={vocab_size} could not be trained: there are no captions")
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(captions),
+                sentence_iterator=itertools.chain([first], captions),
                 model_writer=out,
                 model_type="unigram",
                 vocab_size=vocab_size,

@@ -128,7 +128,7 @@ def test_model_without_pad():
         Tokenizer(out.getvalue())
 
 
-@pytest.mark.parametrize("captions, size", [([], 300), (CAPTIONS, 100)])
-def test_training_that_cannot_work(captions, size):
-    with pytest.raises(DataError, match=f"vocab_size={size} could not be trained"):
+@pytest.mark.parametrize("captions, size, why", [([], 300, "there are no captions"), (CAPTIONS, 100, "")])
+def test_training_that_cannot_work(captions, size, why):
+    with pytest.raises(DataError, match=f"vocab_size={size} could not be trained: {why}"):
         Tokenizer.train(captions, vocab_size=size)

@@ -237,6 +237,8 @@ def _finish(plan: Plan, max_bad: float, progress: bool) -> dict[str, Any]:
             print(f"training a vocabulary of {plan.vocab_size} pieces", file=sys.stderr)
         tokenizer = Tokenizer.train(_captions(plan), vocab_size=plan.vocab_size)
         files.write(folder / TOKENIZER, tokenizer.to_bytes(), plan.work)
+        if progress and tokenizer.vocab_size < plan.vocab_size:
+            print(f"the captions fill {tokenizer.vocab_size} pieces of {plan.vocab_size}", file=sys.stderr)
     elif plan.tokenizer or source.tokenizer_path:
         tokenizer = Tokenizer(plan.tokenizer or source.tokenizer_path or "")
     summary = statistics.summary()
