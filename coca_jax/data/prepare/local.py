@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -45,27 +46,53 @@ def run(plan: Plan, bad: str, workers: int, progress: Callable[[int], None], dro
     seen = context.Value("q", 0)
     told = 0
     others = set(multiprocessing.active_children())
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (seen,))
+    with _interrupted() as interrupted:
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (seen,))
+        try:
+            waiting = {pool.submit(_process, plan, shard, bad, threads): shard for shard in range(plan.shards)}
+            while waiting:
+                done, _ = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_COMPLETED)
+                for future in sorted(done, key=waiting.__getitem__):
+                    del waiting[future]
+                    dropped(future.result())
+                if news := seen.value - told:
+                    told += news
+                    progress(news)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()  # what it leaves half-written has a temporary name
+            raise
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process was killed, perhaps for want of memory: run the same command again, with fewer "
+                "--workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupted() -> Iterator[threading.Event]:
+    """Ctrl-C as an event instead of an exception.
+
+    An exception may come out of the handler while `wait` takes the locks of all futures, one after the other. Nobody
+    gives those back, and the pool's own thread, which cancels the futures at its end, would wait for them for ever.
+    """
+    event = threading.Event()
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or somebody else's
+        yield event
+        return
     try:
-        waiting = {pool.submit(_process, plan, shard, bad, threads): shard for shard in range(plan.shards)}
-        while waiting:
-            done, _ = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_COMPLETED)
-            for future in sorted(done, key=waiting.__getitem__):
-                del waiting[future]
-                dropped(future.result())
-            if news := seen.value - told:
-                told += news
-                progress(news)
-    except KeyboardInterrupt:
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()  # what it leaves half-written has a temporary name
-        raise
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process was killed, perhaps for want of memory: run the same command again, with fewer --workers"
-        ) from error
+        signal.signal(signal.SIGINT, lambda *_: event.set())
+    except ValueError:  # not the main thread, which alone is interrupted
+        yield event
+        return
+    try:
+        yield event
     finally:
-        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _process(plan: Plan, shard: int, bad: str, threads: int) -> int:

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from etils import epath
@@ -124,6 +126,34 @@ def test_ctrl_c(tmp_path):
     assert "interrupted: the same command goes on where it was" in lines and "Traceback" not in lines
     wait_for_end(children)
     assert converted(source, tmp_path / "out")["records"] == 1600
+
+
+# A process that is interrupted while it has the locks of all futures.
+_INTERRUPTED = """
+import concurrent.futures._base, os, signal, sys
+from coca_jax.data.prepare.command import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background has ignored
+enter = concurrent.futures._base._AcquireFutures.__enter__
+
+def locked(self):
+    enter(self)
+    if len(self.futures) > 1:  # shards; a source is opened before
+        os.kill(os.getpid(), signal.SIGINT)
+
+concurrent.futures._base._AcquireFutures.__enter__ = locked
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_while_futures_are_locked(tmp_path: pathlib.Path, run_python: Callable[..., Any]) -> None:
+    source = sets.write_long(tmp_path / "source", 60)
+    arguments = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    arguments += [f"--source={source}", f"--out={tmp_path / 'out'}", "--workers=2"]
+    done = run_python(["-c", _INTERRUPTED, "convert", *arguments], timeout=100, check=False)
+    assert done.returncode == 130, done
+    assert done.stderr.splitlines()[-1] == "interrupted: the same command goes on where it was"
+    assert converted(source, tmp_path / "out")["records"] == 60
 
 
 def wait_for_end(children: list[str]) -> None:
