@@ -18,6 +18,7 @@ from coca_jax import config, generate, losses
 from coca_jax.data.images import normalize
 from coca_jax.model import lora
 from coca_jax.model.coca import CoCa
+from coca_jax.model.text_decoder import last_place
 from coca_jax.sharding import batch_sharding, replicated
 
 Parameters = Any
@@ -162,7 +163,7 @@ class Apply:
         if prompts is None:
             prompts = np.full((len(images), 1), self._bos_id, np.int32)
         else:
-            prefix = generate.prefix_length(_lengths(prompts, self._pad_id))
+            prefix = generate.prefix_length(1 + last_place(prompts, self._pad_id))
         arrays = (images, prompts) if seeds is None else (images, prompts, seeds)
         result: tuple[generate.Captions, np.ndarray | None] = self._captioner(options, prefix)(params, *arrays)
         return result
@@ -182,7 +183,7 @@ class Apply:
         rows = len(images)
         many = -(-_TEXTS // self._shards) * self._shards
         # Positions behind the longest text change nothing; powers of two, so that few programs are compiled.
-        longest = max(2, int(_lengths(tokens, self._pad_id).max()))
+        longest = max(2, 1 + int(last_place(tokens, self._pad_id).max()))
         tokens = tokens[:, : min(tokens.shape[1], 1 << (longest - 1).bit_length())]
         found = []
         with jax.set_mesh(self.mesh):
@@ -227,14 +228,6 @@ class Apply:
         short = -len(x) % self._shards
         x = np.concatenate([x, np.repeat(x[-1:], short, axis=0)]) if short else x
         return jax.make_array_from_callback(x.shape, batch_sharding(self.mesh), lambda index: x[index])
-
-
-def _lengths(tokens: np.ndarray, pad_id: int) -> np.ndarray:
-    """Tokens of each text up to the last one that is not padding, whose id CLIP's vocabulary also has inside of texts.
-
-    1 at least.
-    """
-    return 1 + np.where(tokens != pad_id, np.arange(tokens.shape[1]), 0).max(axis=1)
 
 
 def _near(

@@ -15,6 +15,7 @@ from coca_jax import config
 from coca_jax.generate import beam, single
 from coca_jax.generate.decoder import Decoder
 from coca_jax.generate.options import Captions, Options
+from coca_jax.model.text_decoder import last_place
 
 __all__ = ["Captions", "Options", "generate", "greedy", "prefix_length"]
 
@@ -59,8 +60,7 @@ def generate(
             f"prompts of {prompt.shape[1]} tokens (prefix {prefix}) leave nothing of length={length} to generate: "
             "shorten them, or raise the length"
         )
-    # Up to the last that is not padding, whose id CLIP's vocabulary also has inside of texts.
-    lengths = 1 + jnp.max(jnp.where(prompt != pad_id, jnp.arange(prompt.shape[1])[None], 0), axis=1)
+    lengths = 1 + last_place(prompt, pad_id)
     decoder = Decoder(model, params, length)
     ids: dict[str, Any] = {"never": tuple({pad_id, bos_id} - {eos_id}), "eos_id": eos_id, "pad_id": pad_id}
     if options.method == "beam":

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from coca_jax import config
 from coca_jax.model.poolers import Pooler
+from coca_jax.model.text_decoder import last_place
 from coca_jax.sharding import shard
 
 
@@ -64,6 +65,4 @@ class Linear(nn.Module):
 
 def last_text_token(hidden: Float[Array, "b t d"], tokens: Int[Array, "b t"], pad_id: int) -> Float[Array, "b d"]:
     """The hidden state at the last token that is not padding, which has seen the whole text and the image."""
-    # Not a count: CLIP's vocabulary pads with an id that also stands inside of texts, the "!" of "!(".
-    last = jnp.max(jnp.where(tokens != pad_id, jnp.arange(tokens.shape[1])[None], 0), axis=1)
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return jnp.take_along_axis(hidden, last_place(tokens, pad_id)[:, None, None], axis=1)[:, 0]

@@ -7,10 +7,13 @@ v vocabulary, q image tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from coca_jax import config
@@ -242,3 +245,15 @@ def cls_mask(tokens: Int[Array, "b t"], pad_id: int, kind: str) -> Mask:
     allowed = jnp.where(is_cls, seen[:, None, :], causal)[:, None]
     keys = seen.astype(jnp.int32)
     return Mask(allowed, query_segments=keys.at[:, -1].set(1), key_segments=keys)
+
+
+def last_place(tokens: Any, pad_id: int) -> Any:
+    """The place of each text's last token that is not padding, int32 `[b]`, 0 where there is none.
+
+    Not a count: CLIP's vocabulary pads with an id that also stands inside of texts, the "!" of "!(".
+
+    Args:
+      tokens: int32 `[b, t]`, of NumPy or JAX, as the result is then.
+      pad_id: the padding's id.
+    """
+    return ((tokens != pad_id) * np.arange(tokens.shape[1], dtype=np.int32)[None]).max(axis=1)
