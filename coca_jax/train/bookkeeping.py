@@ -55,7 +55,6 @@ class Bookkeeping:
     Attributes:
       state, position: the newest, dispatched or not; the loop sets them.
       first: the step that the run goes on after.
-      evaluated: there was no evaluation to make up for when it began.
       schedule: of the mixture's weights, by position.
       pending: the step whose metrics are to be read next; the loop sets it.
       to_save: the checkpoint to be written beside the next step; the loop sets it.
@@ -88,10 +87,10 @@ class Bookkeeping:
         # A changed mixture holds from here on.
         begun = Schedule.from_json(place.get("schedule", [[0, mixture.weights]]))
         self.schedule = begun.changed(self.position, mixture.weights)
-        self.evaluated = bool(place.get("evaluated", True))
+        self._evaluated = bool(place.get("evaluated", True))
         self.listed = tallies.List(mixture, workdir, jax.process_index())
         self._left_out = skipped.List(mixture, workdir, self.first)
-        self.writer = Writer(workdir, self.first, self.evaluated)
+        self.writer = Writer(workdir, self.first, self._evaluated)
         self.progress = Progress(self.first, c.steps, c.batch_size, flops.of_step(c))
         self.watchdog = Watchdog(c.guard, workdir, self.progress.say)
         self.pending: Dispatched | None = None
@@ -150,6 +149,15 @@ class Bookkeeping:
             self.progress.say(f"config.evaluate.best={best!r} is not measured; near it: {near}")
             return {}
         return results
+
+    def make_up(self, evaluator: Evaluator, stop: Stopping) -> bool:
+        """Makes the evaluation that the checkpoint was saved without. False: the run is to stop before it is done."""
+        if self._evaluated:
+            return True
+        results = self.evaluate(self.first, evaluator, stop)
+        if results is not None:
+            self._checkpoints.was_evaluated(self.first, results)
+        return results is not None
 
     def save(self) -> None:
         """Writes the checkpoint that is due, if one is.

@@ -95,7 +95,7 @@ def train(
         profile, snapshots = Profile(workdir, profile_steps, first), Snapshots(abstract)
         opened.callback(profile.close)
         try:
-            if evaluate and first and not books.evaluated and books.evaluate(first, evaluate, stop) is None:
+            if evaluate and first and not books.make_up(evaluate, stop):
                 raise Stopped(f"stopped at step {first} of {c.steps}, where it was before")
             if evaluate and c.evaluate.first and not first and books.evaluate(0, evaluate, stop) is None:
                 raise Stopped(f"stopped before the first step of {c.steps}: nothing was there to save")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import os
 import pathlib
 import random
@@ -20,6 +19,7 @@ import pytest
 from etils import epath
 
 from coca_jax.train.checkpoint import Checkpoints
+from coca_jax.train.checkpoint.folder import read_place
 from coca_jax.train.metrics import CLOCKS, read_lines
 from coca_jax.train.stopping import EXIT_STOPPED
 from tests import conftest, pairs, saved
@@ -180,8 +180,8 @@ def final_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def place(workdir: pathlib.Path) -> dict[str, object]:
-    """In the data, as the last checkpoint has it."""
-    return json.loads((workdir / f"checkpoints/{STEPS}/data/metadata").read_text())
+    """In the data, as a start from the last checkpoint would read it."""
+    return read_place(epath.Path(workdir / f"checkpoints/{STEPS}"))
 
 
 def assert_same_bits(workdir: pathlib.Path, wanted: pathlib.Path) -> None:
@@ -214,7 +214,7 @@ def check(runs: Runs, workdir: pathlib.Path, faults: list[Fault]) -> None:
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 SEEDS = {
     0: [Fault(KILL, "compile"), Fault(KILL, "evaluate", 1, 0.1)],
-    1: [Fault(KILL, "save")],
+    1: [Fault(KILL, "save"), Fault(TERM, "evaluate", 3)],  # the last of them
     2: [Fault(KILL, "data", 4), Fault(TERM, "evaluate")],
 }
 

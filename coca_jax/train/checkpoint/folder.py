@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -16,6 +17,7 @@ from coca_jax.train.checkpoint.paths import is_bucket, one_line
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names that Orbax gives
 ASIDE = ".quarantined"  # and in those of damaged steps
 REASON = "reason.txt"
+EVALUATION = "evaluation.json"  # in a step that was saved before its evaluation was made
 
 
 class Folder:
@@ -121,6 +123,17 @@ class Folder:
         if metrics:
             self._metrics[step] = metrics
 
+    def was_evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Keeps with a step what an evaluation of it gave that was made after the step was saved."""
+        path = self.path / str(step) / EVALUATION
+        try:
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(json.dumps(metrics))
+            partial.replace(path)
+        except Exception as error:  # of buckets, of many kinds; then the next start makes it again
+            logging.warning("%s cannot be written: %s", path, one_line(error))
+        self._metrics[step] = metrics
+
     def remove_old(self) -> None:
         """Removes the steps that are not to be kept: none before the newest one was seen to be good."""
         try:
@@ -148,8 +161,16 @@ class Folder:
 
 
 def read_metrics(folder: epath.Path) -> dict[str, float] | None:
-    """Of the evaluation that a step was saved with."""
-    try:
-        return dict(json.loads((folder / "metrics" / "metrics").read_text()))
-    except (OSError, ValueError):
-        return None
+    """Of the evaluation of a step, whether it was saved with it or made later."""
+    for path in (folder / "metrics" / "metrics", folder / EVALUATION):
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            return dict(json.loads(path.read_text()))
+    return None
+
+
+def read_place(folder: epath.Path) -> dict[str, Any]:
+    """The place in the data that a step was saved with. Raises OSError, ValueError, RecursionError."""
+    place: dict[str, Any] = json.loads((folder / "data" / "metadata").read_text())
+    if read_metrics(folder) is not None:
+        place.pop("evaluated", None)  # it was, when the step had been saved
+    return place

@@ -15,6 +15,7 @@ from etils import epath
 from coca_jax.distributed import gather, is_first
 from coca_jax.sharding import path_of
 from coca_jax.train.checkpoint import digest, manifest, tree, verify
+from coca_jax.train.checkpoint.folder import read_place
 from coca_jax.train.checkpoint.manifest import Damaged, Leaf
 from coca_jax.train.checkpoint.paths import CheckpointError, one_line
 from coca_jax.train.state import Parameters, TrainState
@@ -33,7 +34,7 @@ def state(folder: epath.Path, abstract: TrainState, identity: dict[str, Any]) ->
             "with the version that began it, or start in another --workdir (its parameters can still be loaded)"
         )
     leaves = _leaves(folder)
-    saved = _by_first(folder, lambda: json.loads((folder / "data" / "metadata").read_text()))
+    saved = _by_first(folder, lambda: read_place(folder))
     if saved.pop("format", 1) > manifest.FORMAT:
         raise CheckpointError(f"{folder} was saved by a later coca_jax: use that one, or start in another --workdir")
     for key, value in json.loads(json.dumps(identity)).items():

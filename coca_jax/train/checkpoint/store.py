@@ -119,6 +119,11 @@ class Checkpoints:
         """
         self._start(state, place | identity, {k: float(v) for k, v in metrics.items()} if metrics else None)
 
+    def was_evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Keeps with a step what an evaluation gave that was made after it was saved. What goes wrong is said."""
+        if is_first():
+            self._steps.was_evaluated(step, {k: float(v) for k, v in metrics.items()})
+
     def _start(self, state: TrainState, content: dict[str, Any], metrics: dict[str, float] | None) -> None:
         step = int(state.step)
         self._settle(PATIENCE)
