@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import relatives, scaling, trace, train_step, turns
+from benchmarks import floor, relatives, scaling, trace, train_step, turns
 from coca_jax import config
 from coca_jax.model import flops
 
@@ -132,3 +132,19 @@ def test_a_device_computes_the_same_however_many_there_are(run_python) -> None:
         assert more["tflops"] == pytest.approx(one["tflops"], rel=0.01)
         assert more["memory_gib"] < one["memory_gib"]
         assert more["sent_mb"] < 1.5 * more["theory_mb"] + 10
+
+
+def test_the_parts_of_a_step_are_most_of_its_products() -> None:
+    """What is left out (pooler, patches, projections, similarities) is 2% of a step of coca_ViT-B-32."""
+    c = config.from_config_dict(train_step.configuration(options())[0])
+    found = list(floor.parts(c))
+    assert len({part.name for part in found}) == len(found)
+    assert 0.97 < sum(part.times * part.flops for part in found) / flops.of_step(c) < 1.0
+    # Each is a program that runs, and has as many FLOPs as are said of it where it is nothing but a product.
+    small = config.from_config_dict(train_step.configuration(options(model="small", layers=2, batch=2))[0])
+    for part in floor.parts(small):
+        assert floor.timed(part, jnp.float32)() > 0.0
+        if part.name.startswith("product"):
+            shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in part.shapes]
+            compiled = jax.jit(part.function).lower(*shapes).compile()
+            assert part.flops <= compiled.cost_analysis()["flops"] < 1.02 * part.flops, part.name
