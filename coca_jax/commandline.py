@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging as std_logging
 import os
 import sys
@@ -19,6 +20,7 @@ _KEYS = {field.name for field in dataclasses.fields(config.Config)}
 
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags and returns the other arguments; exits with one line that says what is wrong with them."""
+    printable()
     try:
         for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
             name, equals, value = argument.partition("=")
@@ -40,6 +42,13 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {_one_line(error)}{key}")
     except Exception as error:  # a recipe is a program: it may raise anything
         sys.exit(f"error: {_one_line(error)}")
+
+
+def printable() -> None:
+    """What a terminal has no letters for (a caption, a file's name) is printed escaped, and ends no program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def quiet() -> None:

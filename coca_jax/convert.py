@@ -70,7 +70,7 @@ def _convert() -> None:
 
     from coca_jax.stored import read_weights
 
-    started = time.monotonic()
+    started, write = time.monotonic(), _writer(_TO.value)
     weights = read_weights(_INPUT.value, step=_STEP.value, tokenizer=_TOKENIZER.value, name=_NAME.value)
     model, tokenizer = weights.config.model, weights.tokenizer
     count = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(weights.params))
@@ -82,7 +82,7 @@ def _convert() -> None:
         f"pooler {model.pooler.kind}, {model.pooler.queries} queries; text {model.text.n_uni} + {model.text.n_multi} x "
         f"{model.text.width}, {model.text.length} tokens"
     )
-    _writer(_TO.value)(weights, _OUTPUT.value, overwrite=_OVERWRITE.value)
+    write(weights, _OUTPUT.value, overwrite=_OVERWRITE.value)
     print(f"wrote {_OUTPUT.value} in {time.monotonic() - started:.1f} s:")
     for line in _listing(_OUTPUT.value):
         print(f"  {line}")
@@ -104,6 +104,7 @@ def _writer(to: str) -> Callable[..., Any]:
         return stablehlo.write
     from coca_jax.interop import onnx
 
+    onnx.check_installed()  # before gigabytes are read
     return onnx.write
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -44,3 +45,12 @@ def test_every_format_has_a_writer(run_python: Callable[..., Any]) -> None:
     code = "from coca_jax import convert; print({to: callable(convert._writer(to)) for to in convert.FORMATS[:-1]})"
     done = run_python(["-c", code], devices=1)
     assert done.stdout.strip() == "{'coca_jax': True, 'open_clip': True, 'stablehlo': True}"
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("jax2onnx")), reason="jax2onnx is installed: nothing is missing")
+def test_a_missing_package_is_said_before_anything_is_read(
+    tmp_path: pathlib.Path, run_python: Callable[..., Any]
+) -> None:
+    command = ["-m", "coca_jax.convert", f"--input={tmp_path}/nothing", f"--output={tmp_path}/out", "--to=onnx"]
+    done = run_python(command, devices=1, check=False)
+    assert done.returncode == 1 and 'pip install "coca_jax[onnx]"' in done.stderr

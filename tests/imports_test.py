@@ -30,6 +30,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "commandline": ("config",),
     "supervise": (),
     "data": ("config", "cache"),
+    "data.prepare.__main__": ("data", "commandline"),
     "model": ("config", "sharding"),
     "losses": ("config", "sharding", "model"),
     "generate": ("config", "model"),

@@ -187,3 +187,13 @@ def test_keys_that_say_nothing_are_refused(keys: dict[str, Any], reason: str) ->
     with pytest.raises(ConfigError) as error:
         config.check(config.from_config_dict({"init": keys}))
     assert reason in str(error.value)
+
+
+def test_another_contrastive_loss_has_its_own_bias(recipe: Any, workdir: pathlib.Path) -> None:
+    """The bias goes with the loss: SigLIP's, which a checkpoint of the softmax has not, begins as the recipe says."""
+    c = finetuning(recipe, workdir)
+    c.loss.contrastive, c.model.logit_bias, c.model.temperature = "sigmoid", -10.0, 0.1
+    begun = read(c)
+    assert begun.config.model.logit_bias == -10.0 and begun.report is not None
+    assert [line.name for line in begun.report.of("initialised")] == ["logit_bias"]
+    np.testing.assert_array_equal(flat(begun.params)["logit_scale"], flat(read_weights(workdir).params)["logit_scale"])

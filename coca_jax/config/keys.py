@@ -117,7 +117,8 @@ class Init:
     checkpoint: str = ""
     step: int = 0  # of a workdir; 0: the newest
     # config: config.model and config.data's mean and std must agree with the checkpoint's | checkpoint: they, and how
-    # pictures are read, are the checkpoint's. The recipe's are attention, remat, scan_unroll and the size below.
+    # pictures are read, are the checkpoint's. The recipe's are attention, remat, scan_unroll, logit_bias (it goes with
+    # loss.contrastive) and the size below.
     model: str = "config"
     image_size: int = 0  # with model=checkpoint: side of the input, pixels; 0: the checkpoint's
     skip: tuple[str, ...] = ()  # patterns of parameter paths that are drawn from the seed all the same

@@ -35,12 +35,14 @@ _OWNERS = {
 
 
 def adopt(c: config.Config, model: config.Model, data: config.Data) -> config.Config:
-    """The configuration with a checkpoint's model (its head and bridge apart) and pictures: `init.model=checkpoint`.
+    """The configuration with a checkpoint's model and pictures: `init.model=checkpoint`.
+
+    Head and bridge stay the configuration's, and whether there is a logit bias, which goes with its loss.
 
     Raises:
       ConfigError: init.image_size is no multiple of the patch.
     """
-    for key in (*HOW, "head", "bridge"):
+    for key in (*HOW, "head", "bridge", "logit_bias"):
         model = _with(model, key, config.get(c, f"model.{key}"))
     if c.init.image_size:
         model = _with(model, "image.size", c.init.image_size)

@@ -44,6 +44,15 @@ EXTERNAL_ABOVE = 1_900_000_000  # bytes of constants; a file of protocol buffers
 _SMALL = 1024
 
 
+def check_installed() -> None:
+    """Raises ConversionError where jax2onnx is not."""
+    try:
+        import jax2onnx  # noqa: F401  (needed by `graph`)
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise ConversionError(f'ONNX is written by jax2onnx ({error}): pip install "coca_jax[onnx]"') from error
+
+
 def write(weights: Weights, folder: epath.PathLike, *, overwrite: bool = False) -> None:
     """Writes the directory. It appears whole or not at all, and every graph has passed onnx's checker.
 
@@ -59,11 +68,9 @@ def write(weights: Weights, folder: epath.PathLike, *, overwrite: bool = False) 
         the configuration's.
     """
     weights.only_coca("a directory of functions")
-    try:
-        import jax2onnx  # noqa: F401  (needed by `graph`)
-        import onnx
-    except ImportError as error:
-        raise ConversionError(f'ONNX is written by jax2onnx ({error}): pip install "coca_jax[onnx]"') from error
+    check_installed()
+    import onnx
+
     flat = {path: x.astype(np.float32) for path, x in functions.flat_parameters(weights).items()}
     with folders.new_folder(folder, overwrite=overwrite) as new:
         files = []

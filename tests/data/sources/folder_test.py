@@ -203,7 +203,7 @@ def test_a_folder_without_captions_or_classes(folder, tmp_path):
     with pytest.raises(DataError, match=r"\?caption= names a column"):
         open_source(f"folder:{folder}?caption=x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no jpg, jpeg, png, webp, gif, bmp, tif, tiff, avif file"):
+    with pytest.raises(DataError, match="no jpg, jpeg, jpe, jfif, png, webp, gif, bmp, tif, tiff, avif file"):
         open_source(f"folder:{tmp_path}/empty")
     with pytest.raises(DataError, match=r"no folder .*none"):
         open_source(f"folder:{tmp_path}/none")
