@@ -66,15 +66,15 @@ def decode(
         return score / count**options.length_penalty
 
     def unfinished(carry: Any) -> Array:
-        at, growing, ended, _, _ = carry
+        at, growing, ended, _, _, _ = carry
         # Log-probabilities are negative: a caption that grows ranks at most as its score now over the best length.
         longest = t if options.length_penalty > 0 else at + 1
         hope = rank(growing.scores[:, :1], jnp.asarray(longest))[:, 0]
         settled = ended.scores[:, options.returns - 1] >= hope
         return (at < t) & ~jnp.all(settled & (at >= lengths))
 
-    def step(carry: Any) -> Any:
-        at, growing, ended, logits, cache = carry
+    def choose(at: Array, growing: _Beams, ended: _Beams, logits: Array) -> tuple[Any, ...]:
+        """All beams one token longer: those that grow and have ended, the tokens, and the rows that each came from."""
         own = jax.nn.log_softmax(logits, axis=1)
         flat = growing.tokens.reshape(b * k, t)
         adjusted = choosing.adjust(own, flat, at, options, never=never, eos_id=eos_id)
@@ -99,10 +99,17 @@ def decode(
         growing, chosen = candidates.best(jnp.where(ends, _NONE, top), k)
         came_from = (jnp.take_along_axis(parent, chosen, axis=1) + jnp.arange(b)[:, None] * k).reshape(-1)
         last = jnp.take_along_axis(new, chosen, axis=1).reshape(-1)
-        return at + 1, growing, ended, *model.step(last, decoder.take(cache, came_from))
+        return growing, ended, last, came_from
 
-    start = (jnp.int32(prefix), growing, ended, logits, cache)
-    at, growing, ended, _, _ = jax.lax.while_loop(unfinished, step, start)
+    # The model steps first: after the last token there is nothing more to ask it.
+    def step(carry: Any) -> Any:
+        at, growing, ended, last, came_from, cache = carry
+        logits, cache = model.step(last, decoder.take(cache, came_from))
+        return at + 1, *choose(at, growing, ended, logits), cache
+
+    at = jnp.int32(prefix)
+    start = (at + 1, *choose(at, growing, ended, logits), cache)
+    at, growing, ended, _, _, _ = jax.lax.while_loop(unfinished, step, start)
     # Captions that were cut come behind all that ended, in the order that they have.
     order = jnp.broadcast_to(_NONE * (0.25 + 0.25 * jnp.arange(k) / k)[None, :], (b, k))
     best = _join(ended, growing, order, options.returns)

@@ -33,12 +33,8 @@ def decode(
     if keys is not None:
         keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(r)))(keys).reshape(-1)
 
-    def unfinished(carry: Any) -> Array:
-        at, _, _, _, _, done = carry
-        return (at < t) & ~jnp.all(done)
-
-    def step(carry: Any) -> Any:
-        at, tokens, log_probs, logits, cache, done = carry
+    def choose(at: Array, tokens: Array, log_probs: Array, logits: Array, done: Array) -> tuple[Array, ...]:
+        """Writes the tokens of position `at`, and returns them too."""
         adjusted = choosing.adjust(logits, tokens, at, options, never=never, eos_id=eos_id)
         if keys is None:
             new = jnp.argmax(adjusted, axis=1).astype(jnp.int32)
@@ -50,10 +46,20 @@ def decode(
         own = jnp.where(is_forced | done, 0.0, own)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, new[:, None], at, axis=1)
         log_probs = jax.lax.dynamic_update_slice_in_dim(log_probs, own[:, None], at, axis=1)
-        done |= ~is_forced & (new == eos_id)
-        return at + 1, tokens, log_probs, *model.step(new, cache), done
+        return tokens, log_probs, new, done | (~is_forced & (new == eos_id))
 
-    start = (jnp.int32(prefix), tokens, jnp.zeros((b * r, t)), logits, cache, jnp.zeros((b * r,), bool))
-    _, tokens, log_probs, _, _, _ = jax.lax.while_loop(unfinished, step, start)
+    def unfinished(carry: Any) -> Array:
+        at, _, _, _, done, _ = carry
+        return (at < t) & ~jnp.all(done)
+
+    # The model steps first: after the last token there is nothing more to ask it.
+    def step(carry: Any) -> Any:
+        at, tokens, log_probs, new, done, cache = carry
+        logits, cache = model.step(new, cache)
+        return at + 1, *choose(at, tokens, log_probs, logits, done), cache
+
+    at = jnp.int32(prefix)
+    first = choose(at, tokens, jnp.zeros((b * r, t)), logits, jnp.zeros((b * r,), bool))
+    _, tokens, log_probs, _, _, _ = jax.lax.while_loop(unfinished, step, (at + 1, *first, cache))
     log_probs = log_probs.reshape(b, r, t)
     return Captions(tokens.reshape(b, r, t), log_probs, log_probs.sum(axis=2))

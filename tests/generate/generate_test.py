@@ -14,6 +14,7 @@ import pytest
 
 from coca_jax import generate
 from coca_jax.generate import Options, choosing
+from coca_jax.generate.decoder import Decoder
 from coca_jax.model.coca import CoCa
 from tests import tiny
 
@@ -326,3 +327,22 @@ def test_what_cannot_be_decoded_is_said(options: Options, message: str) -> None:
 def test_a_prompt_that_fills_the_length_is_refused() -> None:
     with pytest.raises(ValueError, match="leave nothing of length=3"):
         run(Options(length=3), prompt=PROMPTS)
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam"])
+@pytest.mark.parametrize("length", [2, 5])
+def test_nothing_is_computed_after_the_last_token(monkeypatch: pytest.MonkeyPatch, method: str, length: int) -> None:
+    """The first token comes of the start: one step of the model for each of the others."""
+    steps: list[int] = []
+    step = Decoder.step
+
+    def counted(self: Decoder, tokens: Any, cache: Any) -> Any:
+        jax.debug.callback(lambda: steps.append(1))
+        return step(self, tokens, cache)
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    options = Options(method, beams=3, length=length, min_length=length)
+    call = jax.jit(lambda pooled: generate.generate(MODEL, params(), pooled, options, bos_id=BOS, eos_id=EOS))
+    made = jax.block_until_ready(call(image_tokens()))
+    jax.effects_barrier()
+    assert np.all(np.asarray(made.tokens)[:, :, 1:] != PAD) and len(steps) == length - 2
