@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -39,11 +40,14 @@ class Task:
 
     def number(self, record: Record) -> int:
         """The class of a record. Raises BadExample where it is none of them."""
-        numbers = {label: number for number, label in enumerate(self.labels)}
-        if record.label not in numbers:
+        if record.label not in self._numbers:
             has = f"the label {record.label!r}" if record.label else "no label"
             raise BadExample("no_class", f"record {record.key} has {has}: none of the {len(self.labels)} classes")
-        return numbers[record.label]
+        return self._numbers[record.label]
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {label: number for number, label in enumerate(self.labels)}
 
     def chosen(self, record: Record, rng: np.random.Generator | None = None) -> list[bytes]:
         """`frames` encoded pictures of a clip, in order: one of each of as many equal spans of time.
