@@ -36,6 +36,7 @@ def steps(workdir: pathlib.Path) -> list[epath.Path]:
     return [epath.Path(path) for path in sorted(folders, key=lambda path: int(path.name))]
 
 
+@pytest.mark.slow
 def test_the_next_start_keeps_what_it_gives_with_the_step(
     recipe: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
