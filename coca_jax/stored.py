@@ -65,6 +65,18 @@ def read_weights(
     return open_clip.read(path, tokenizer=tokenizer, name=name)
 
 
+def read_config(path: epath.PathLike) -> config.Config:
+    """The configuration of what `read_weights` opens; a workdir's without its weights, which may be many.
+
+    Raises:
+      CheckpointError, ConversionError: as `read_weights`.
+    """
+    path = checkpoint.absolute(path)
+    if not exported.is_exported(path) and (path / "checkpoints").is_dir():
+        return checkpoint.read_config(path)
+    return read_weights(path).config
+
+
 def _read_workdir(workdir: epath.Path, step: int | None, mesh: Mesh | None) -> Weights:
     c = checkpoint.read_config(workdir)
     if not (workdir / checkpoint.TOKENIZER_FILE).exists():

@@ -39,7 +39,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "evaluate.__main__": ("config", "commandline", "compiler", "evaluation"),  # flags alone
     "train": ("config", "sharding", "chips", "distributed", "data", "model", "losses"),
     "interop": ("config", "data", "model", "train.state"),
-    "plan": ("config", "commandline", "compiler", "chips", "sharding", "model", "train"),
+    "plan": (
+        *("config", "commandline", "compiler", "chips", "sharding", "model", "train"),
+        *("data.records", "interop", "stored"),  # of the checkpoint that a run begins with, its model
+    ),
     "stored": ("config", "data", "interop", "model", "train"),  # weights, whatever wrote them
     "start": ("config", "distributed", "data", "interop", "train", "stored"),  # what a run begins from
     "evaluator": ("config", "sharding", "distributed", "data", "apply", "evaluate", "train"),

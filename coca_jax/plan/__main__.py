@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from coca_jax import commandline, config
-from coca_jax.plan import compiled, estimate, report
+from coca_jax.plan import compiled, estimate, recipe, report
 from coca_jax.plan import search as searching
 from coca_jax.plan import topology as topologies
 from coca_jax.plan.estimate import Plan
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: --efficiency={_EFFICIENCY.value:g} must be more than 0 and at most 1")
     try:
         topology = topologies.read(_TOPOLOGY.value, _SLICES.value)
-        c = config.from_config_dict(_CONFIG.value)
+        c = recipe.as_it_will_run(config.from_config_dict(_CONFIG.value))
         config.check(c, topology.chips, slice_count=topology.slices, platform="tpu")
     except config.ConfigError as error:
         sys.exit(f"error: {error}")

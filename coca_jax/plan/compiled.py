@@ -250,7 +250,10 @@ def _main(answer: str) -> None:
     compiler.setup(["tpu"])  # the flags that a run on TPUs has
     order = json.load(sys.stdin)
     c = config.from_config_dict(order["config"])
-    measured = compile_here(c, topologies.read(order["topology"], order["slices"]))
+    try:
+        measured = compile_here(c, topologies.read(order["topology"], order["slices"]))
+    except Exception as error:  # what Python would print of it ends with a note of JAX's about tracebacks
+        measured = Measured(error=f"{type(error).__name__}: {_first_line(error)}")
     with open(answer + ".partial", "w") as file:
         json.dump(dataclasses.asdict(measured), file)
     os.replace(answer + ".partial", answer)

@@ -5,19 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 from collections.abc import Callable
 
 import jax
+import numpy as np
 import pytest
+from etils import epath
 
 from coca_jax import chips, config, sharding
 from coca_jax.data import pipeline
 from coca_jax.data.sources import open_source
 from coca_jax.data.tokenizer import Tokenizer
-from coca_jax.plan import compiled, report, search, topology
+from coca_jax.interop import exported
+from coca_jax.interop.weights import Weights
+from coca_jax.plan import compiled, recipe, report, search, topology
 from coca_jax.plan.compiled import GIB, Measured
 from coca_jax.plan.estimate import Plan
+from coca_jax.train import checkpoint
+from coca_jax.train import state as states
 from tests import pairs, tiny
 
 # The fixture of tests/conftest.py.
@@ -42,9 +49,17 @@ runpy.run_module("coca_jax.plan", run_name="__main__")
         ([DEBUG, "--topology=v5e:4x4", "--config.mesh.fsdp=3"], ["config.mesh", "fsdp=3", "16"]),
         ([DEBUG, "--topology=v5e:4x4", "--config.model.image.heads=5"], ["config.model.image.heads=5", "near it"]),
         ([DEBUG, "--topology=v5e:4x4", "--efficiency=1.5"], ["--efficiency=1.5", "at most 1"]),
+        ([DEBUG, "--topology=v5e:4x4", "--config.loss.lambda_cls=1"], ["config.model.head.classes=0", "not opened"]),
+        (
+            ["--config=configs/finetune/captioning.py", "--topology=v5e:4x4", "--config.init.checkpoint=no/where"],
+            ["config.init.checkpoint='no/where'", "no such file"],
+        ),
         (WITHOUT, ['pip install "coca_jax[plan]"']),
     ],
-    ids=["no topology", "no such chip", "no such slice", "mesh", "configuration", "efficiency", "no libtpu"],
+    ids=[
+        *("no topology", "no such chip", "no such slice", "mesh", "configuration", "efficiency", "classes"),
+        *("no checkpoint", "no libtpu"),
+    ],
 )
 def test_what_cannot_be_asked_is_said_in_one_line(
     run_python: RunPython, program: str | list[str], wanted: list[str]
@@ -72,6 +87,22 @@ def test_a_compilation_that_takes_too_long_is_ended() -> None:
     assert measured.compile_seconds < 30
 
 
+def test_an_error_in_the_compiling_process_is_said(run_python: RunPython, tmp_path: pathlib.Path) -> None:
+    """It ended the process, and what was said was the last line below the traceback: a note of JAX's."""
+    c = tiny.replace(tiny.CONFIG, loss__lambda_cls=1.0)  # of no classes
+    order = {"config": json.loads(config.to_json(c)), "topology": "v5e:2x2", "slices": 1}
+    program = f"""
+import io, sys
+from coca_jax import sharding
+from coca_jax.plan import compiled
+compiled.compile_here = lambda c, topology: compiled.compile_on(c, sharding.make_mesh((1, 1, 1)))  # without libtpu
+sys.stdin = io.StringIO({json.dumps(order)!r})
+compiled._main({str(tmp_path / "answer.json")!r})
+"""
+    run_python(program, devices=1)
+    assert re.match(r"\w+Error: .", json.loads((tmp_path / "answer.json").read_text())["error"])
+
+
 def test_the_batch_that_is_planned_with_is_the_pipelines(tmp_path: pathlib.Path) -> None:
     source, tokenizer = pairs.write(tmp_path)
     c = tiny.replace(tiny.CONFIG, model__text__vocab_size=300, model__text__length=16)
@@ -83,6 +114,26 @@ def test_the_batch_that_is_planned_with_is_the_pipelines(tmp_path: pathlib.Path)
     batches.close()
     planned = compiled._abstract_batch(c, place)
     assert {k: (v.shape, v.dtype, v.sharding) for k, v in planned.items()} == real
+
+
+@pytest.mark.parametrize("kind", ["workdir", "export"])
+def test_a_run_that_begins_with_a_checkpoint_is_planned_with_its_model(tmp_path: pathlib.Path, kind: str) -> None:
+    """At the recipe's size of pictures, and with the recipe's remat."""
+    if kind == "workdir":
+        (tmp_path / "checkpoints").mkdir()
+        checkpoint.keep_config(epath.Path(tmp_path), tiny.CONFIG)
+        path = tmp_path
+    else:
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), states.abstract_parameters(tiny.CONFIG))
+        exported.write(Weights(tiny.CONFIG, zeros, None), path := tmp_path / "export")
+    twice = 2 * tiny.CONFIG.model.image.size
+    asked = config.Config(init=config.Init(checkpoint=str(path), model="checkpoint", image_size=twice))
+    asked = tiny.replace(asked, model__text__remat="everything")
+    wanted = tiny.replace(asked, model=tiny.CONFIG.model, data=tiny.CONFIG.data)
+    wanted = tiny.replace(wanted, model__image__size=twice, model__text__remat="everything")
+    assert recipe.as_it_will_run(asked) == wanted
+    alone = tiny.replace(asked, init=config.Init(checkpoint=str(path)))
+    assert recipe.as_it_will_run(alone) == alone  # a run takes the recipe's, too
 
 
 @pytest.mark.parametrize(
