@@ -45,6 +45,12 @@ class Plan:
         return config.mesh_shape(self.c.mesh, self.topology.chips, slice_count=slices, platform="tpu")
 
     @property
+    def mesh_of_a_slice(self) -> tuple[int, int, int]:
+        """The same inside one slice: what the keys config.mesh.replica, fsdp and tensor stand for."""
+        replica, fsdp, tensor = config.dcn_shape(self.c.mesh, self.topology.slices)
+        return self.mesh[0] // replica, self.mesh[1] // fsdp, self.mesh[2] // tensor
+
+    @property
     def fits(self) -> bool:
         """The program compiled, and takes no more than the chip has."""
         return not self.measured.error and self.measured.needed <= self.topology.chip.usable_gib * GIB
@@ -111,8 +117,10 @@ class Plan:
         parts = [n for i in range(1, 20) if not c.batch_size % ((n := c.microbatches * 2**i) * shards)]
         found += [f"--config.microbatches={min((n for n in parts if n >= wanted), default=parts[-1])}"] if parts else []
         state = sum(m.memory.get(kind, 0.0) for kind in ("parameters", "optimizer", "moving average"))
-        if self.mesh[0] > 1 and (not m.memory or state > 0.2 * m.needed):
-            found.append(f"--config.mesh.replica={max(1, self.mesh[0] // 2)} --config.mesh.fsdp={2 * self.mesh[1]}")
+        replica, fsdp, _ = self.mesh_of_a_slice
+        if replica > 1 and (not m.memory or state > 0.2 * m.needed):
+            n = next(n for n in range(2, replica + 1) if not replica % n)  # half of the copies, if that can be
+            found.append(f"--config.mesh.replica={replica // n} --config.mesh.fsdp={n * fsdp}")
         if c.optimizer.state_dtype != "bfloat16":
             found.append("--config.optimizer.state_dtype=bfloat16")
         if c.optimizer.name != "adafactor" and c.optimizer.second_moment_dtype != "bfloat16":

@@ -18,9 +18,13 @@ def figure(value: float) -> str:
 def choice(plan: Plan) -> str:
     """The mesh, microbatches and remat policies of a plan, on one line."""
     replica, fsdp, tensor = plan.mesh
+    mesh = f"mesh replica={replica} fsdp={fsdp} tensor={tensor}"
+    if plan.topology.slices > 1:  # what the keys are set to
+        replica, fsdp, _ = plan.mesh_of_a_slice
+        mesh += f" (in each slice replica={replica} fsdp={fsdp})"
     image, text = plan.c.model.image.remat, plan.c.model.text.remat
     remat = image if image == text else f"{image} (image), {text} (text)"
-    return f"mesh replica={replica} fsdp={fsdp} tensor={tensor}, microbatches={plan.c.microbatches}, remat {remat}"
+    return f"{mesh}, microbatches={plan.c.microbatches}, remat {remat}"
 
 
 def page(plan: Plan, name: str) -> str:

@@ -207,15 +207,40 @@ def test_advice_asks_for_as_many_microbatches_as_it_may_take() -> None:
     assert "--config.microbatches=4 " in advice(1000.0)  # 64 rows over 16 shards have no more
 
 
-def test_advice_can_be_followed() -> None:
-    plan = Plan(C, SLICE, Measured(needed=20.0 * GIB, error="too large"))
-    *flags, _ = plan.advice()
-    for flag in " ".join(flags).split():
-        key, value = flag.removeprefix("--config.").split("=")
-        config.check_key(key)
-        changed = tiny.replace(C, **{key.replace(".", "__"): int(value) if value.isdigit() else value})
-        if not key.startswith("mesh"):  # its two flags belong together
-            config.check(changed, 16)
+@pytest.mark.parametrize(
+    ("name", "slices", "mesh"),
+    [
+        ("v5e:4x4", 1, config.Mesh(replica=2, fsdp=8)),
+        ("v5e:4x4", 2, config.Mesh(replica=-1, fsdp=4, dcn_replica=-1)),
+        ("v5e:4x4", 2, config.Mesh(replica=4, fsdp=-1, dcn_fsdp=2)),
+        ("v4:2x2x3", 1, config.Mesh(replica=3, fsdp=4)),
+    ],
+    ids=["a slice", "slices of copies", "a copy over slices", "three copies"],
+)
+def test_advice_can_be_followed(name: str, slices: int, mesh: config.Mesh) -> None:
+    c, chips_ = tiny.replace(C, batch_size=192, mesh=mesh), topology.read(name, slices)
+    config.check(c, chips_.chips, slice_count=slices, platform="tpu")
+    plan = Plan(c, chips_, Measured(needed=20.0 * GIB, error="too large"))
+    *advice, _ = plan.advice()
+    assert any("mesh.fsdp" in flags for flags in advice)
+    for flags in advice:
+        changed = c
+        for flag in flags.split():
+            key, value = flag.removeprefix("--config.").split("=")
+            config.check_key(key)
+            changed = tiny.replace(changed, **{key.replace(".", "__"): int(value) if value.isdigit() else value})
+        config.check(changed, chips_.chips, slice_count=slices, platform="tpu")
+        assert changed != c
+
+
+def test_what_is_printed_of_a_mesh_over_slices_can_be_set() -> None:
+    c = tiny.replace(C, mesh=config.Mesh(replica=-1, fsdp=4, dcn_replica=-1))
+    plan = Plan(c, two := topology.read("v5e:4x4", 2), MEASURED)
+    printed = report.choice(plan)
+    assert "mesh replica=8 fsdp=4 tensor=1 (in each slice replica=4 fsdp=4)" in printed
+    set_so = tiny.replace(c, mesh__replica=4, mesh__fsdp=4)
+    assert Plan(set_so, two, MEASURED).mesh == plan.mesh
+    assert "in each slice" not in report.choice(Plan(C, SLICE, MEASURED))
 
 
 def size(c: config.Config) -> float:
