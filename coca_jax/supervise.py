@@ -157,11 +157,13 @@ class Job:
         self.step = max((heart.step() for heart in hearts), default=-1)
         return first
 
-    def stop(self, number: int, _: FrameType | None) -> None:
-        """SIGTERM or Ctrl-C: passed on (a terminal has sent Ctrl-C to all of them itself)."""
+    def stop(self, _: int, __: FrameType | None) -> None:
+        """SIGTERM or Ctrl-C: passed on, as SIGTERM.
+
+        A terminal has sent Ctrl-C to all of them itself, where a SIGTERM after it changes nothing; `kill -INT` has not.
+        """
         self.stopping = True
-        if number == signal.SIGTERM:
-            self._send(signal.SIGTERM)
+        self._send(signal.SIGTERM)
 
     def _send(self, number: int) -> None:
         for process in self._running:

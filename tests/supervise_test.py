@@ -103,12 +103,13 @@ def test_an_error_is_final_and_restarts_end(tmp_path: pathlib.Path) -> None:
     process.communicate()
 
 
-def test_asked_to_end_it_asks_and_ends(tmp_path: pathlib.Path) -> None:
-    process = supervise(tmp_path, "wait")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end_it_asks_and_ends(tmp_path: pathlib.Path, number: signal.Signals) -> None:
+    process = supervise(tmp_path, "wait", 1, "--grace=20")
     deadline = time.monotonic() + 60
     while not starts(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)  # until it listens
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)  # to it alone
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 143 and starts(tmp_path) == [["-"]], said
