@@ -155,7 +155,7 @@ def compile_on(c: config.Config, mesh: Any) -> Measured:
 
     optimizer = optimizers.of_run(c, states.abstract_parameters(c))
     rows = c.batch_size / c.microbatches / (mesh.shape["replica"] * mesh.shape["fsdp"])
-    kept = activations.bytes_of_a_row(c) * rows
+    kept = activations.bytes_of_a_row(c, rows) * rows
     with jax.set_mesh(mesh):
         state = states.abstract(c, optimizer, mesh)
         batch = _abstract_batch(c, sharding.batch_sharding(mesh))
