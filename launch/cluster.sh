@@ -129,6 +129,20 @@ check_main() {
   fi
 }
 
+# check_copied: the recipe must be among what is copied to the machines, under the name that it has there.
+check_copied() {
+  local config
+  config=$(main_value config)
+  config=${config%%:*}
+  if [[ $config == "$repository"/* ]]; then
+    die "--config=$(quote "$config") is here alone: write it as it is called in this working tree, --config=$(quote "${config#"$repository"/}")"
+  elif [[ $config == ../* || $config == */../* ]]; then
+    die "--config=$(quote "$config") is outside of this working tree, which is all that is copied: move it, to configs/ for instance"
+  elif git -C "$repository" check-ignore --quiet "$config" 2>/dev/null; then
+    die "--config=$(quote "$config"): git ignores it, and what git ignores is not copied: move it, to configs/ for instance"
+  fi
+}
+
 # need PROGRAM HINT: the program must be there, unless nothing is going to be run.
 need() {
   if ! $dry_run && ! command -v "$1" >/dev/null; then

@@ -364,6 +364,30 @@ def test_what_is_wrong_is_said_in_one_line(cloud: Cloud, script: str, arguments:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("script", ["tpu_pod", "gke"])
+def test_a_recipe_that_would_not_be_on_the_machines_is_refused(cloud: Cloud, script: str) -> None:
+    """Before anything is asked for; under Slurm all nodes see the working tree itself."""
+    options = {"tpu_pod": POD, "gke": ("--cluster=c", "--workload=w", "--type=v4-8")}
+    (cloud.clone / "runs").mkdir()
+    for recipe in (cloud.clone / "runs/mine.py", cloud.clone.parent / "mine.py"):
+        shutil.copy(REPOSITORY / "configs/debug.py", recipe)
+    cloud.run("git", "-C", cloud.clone, "init", "--quiet")
+    shutil.copy(REPOSITORY / ".gitignore", cloud.clone)
+    for config, message in (
+        (f"{cloud.clone}/configs/debug.py:x", "as it is called in this working tree, --config=configs/debug.py"),
+        ("../mine.py", "is outside of this working tree"),
+        ("runs/mine.py", "git ignores it"),
+    ):
+        main = (f"--config={config}", "--workdir=gs://bucket/folder")
+        done = cloud.launch(script, *options[script], "--dry-run", main=main)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+        done = cloud.launch("slurm", "--dry-run", main=main)
+        assert done.returncode == 0, done.stderr
+    main = ("--config=configs/debug.py", "--workdir=gs://bucket/folder")
+    assert cloud.launch(script, *options[script], "--dry-run", main=main).returncode == 0
+    assert cloud.calls() == []
+
+
 @pytest.mark.parametrize("script", ["tpu_pod", "gke", "slurm", "on_worker", "pack"])
 def test_help_names_every_option_and_docs_do_too(cloud: Cloud, script: str) -> None:
     done = cloud.run("bash", cloud.clone / "launch" / script, "--help")
