@@ -15,6 +15,7 @@ from etils import epath
 from coca_jax import config
 
 FOLDER = "stalled"
+_OFTEN = 0.05  # seconds between two looks at the clock, at least
 
 
 class Watchdog:
@@ -60,7 +61,8 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        while not self._end.wait(min(1.0, self._c.stall_seconds / 4)):
+        # With stall_seconds=0, too, the thread sleeps: it would take a core and Python's lock from the run.
+        while not self._end.wait(min(1.0, max(_OFTEN, self._c.stall_seconds / 4))):
             with self._lock:
                 taken, median, step = time.monotonic() - self._started, self._median, self._step
                 late = median > 0 and taken > max(self._c.stall * median, self._c.stall_seconds)
