@@ -66,7 +66,8 @@ def main(argv: list[str]) -> None:
         coca = pretrained.load(_CHECKPOINT.value)
         Options(**options).check(coca.config.model.text.length)
         how = options | {"prompt": _PROMPT.value, "rerank": _RERANK.value, "seed": _SEED.value}
-        pictures.keep_settings(_OUTPUT.value, {"checkpoint": _CHECKPOINT.value, "step": coca.step} | how)
+        model = {"checkpoint": _CHECKPOINT.value, "step": coca.step, "model": coca.digest()}
+        pictures.keep_settings(_OUTPUT.value, model | how)
 
         def compute(pixels: np.ndarray, numbers: list[int]) -> list[dict[str, Any]]:
             found = coca.caption_pixels(pixels, numbers=numbers, batch_size=_BATCH_SIZE.value, **how)

@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
         coca = pretrained.load(_CHECKPOINT.value)
         if coca.config.model.bridge.stage == 1 and _OUTPUT.value.endswith(".parquet") and texts is None:
             raise ValueError(f"--output={_OUTPUT.value}: a bridge gives a picture several features: name a .jsonl file")
-        settings = {"checkpoint": _CHECKPOINT.value, "step": coca.step, "texts": _TEXTS.value}
-        pictures.keep_settings(_OUTPUT.value, settings)
+        model = {"checkpoint": _CHECKPOINT.value, "step": coca.step, "model": coca.digest()}
+        pictures.keep_settings(_OUTPUT.value, model | {"texts": _TEXTS.value})
         if texts is None:
             print(pictures.embed(paths, coca, _OUTPUT.value, batch_size=_BATCH_SIZE.value))
             return

@@ -198,6 +198,10 @@ def open_rows(output: str, key: str = "path") -> Rows:
 def keep_settings(output: str, settings: dict[str, Any]) -> None:
     """Writes what the results depend on beside them; where they are begun already, it must be the same.
 
+    Args:
+      output: of `open_rows`.
+      settings: flags by name, and `model`, the digest of what --checkpoint held.
+
     Raises:
       DataError: naming the first setting that differs.
     """
@@ -211,7 +215,13 @@ def keep_settings(output: str, settings: dict[str, Any]) -> None:
                 f"{path} is damaged ({error}): remove it if {output} was begun with these settings, or name another "
                 "--output"
             ) from error
+        before.setdefault("model", settings.get("model"))  # of versions that did not keep it
         for key in settings:
+            if key == "model" and before[key] != settings[key]:
+                raise DataError(
+                    f"{output} was begun with another model than --checkpoint={settings.get('checkpoint')} is now: "
+                    f"remove {output}, or name another --output"
+                )
             if before.get(key) != settings[key]:
                 raise DataError(
                     f"{output} was begun with --{key}={before.get(key)!r}, not {settings[key]!r}: put it back, or name "

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from flax import traverse_util
 from jaxtyping import Float, UInt8
 
 from coca_jax import config, generate, sharding
@@ -257,6 +260,19 @@ class Pretrained:
             found.append(sorted(captions, key=lambda c: -(c.similarity or 0.0)) if rerank else captions)
         return found
 
+    def digest(self) -> str:
+        """Tells the model from another one at the same path and step: other weights, preprocessing or vocabulary.
+
+        Of the parameters it reads some values of each.
+        """
+        flat = traverse_util.flatten_dict(self.params, sep="/")
+        values = jax.device_get(jax.jit(lambda leaves: jax.tree.map(_some, leaves))(flat))  # one program, not hundreds
+        found = hashlib.sha256(json.dumps(self.preprocessor.to_json()).encode())
+        for path in sorted(values):
+            found.update(path.encode() + np.asarray(values[path]).tobytes())
+        found.update(self.tokenizer.to_bytes() if self.tokenizer else b"")
+        return found.hexdigest()[:16]
+
     def _rows(self, function: Any, rows: Sequence[np.ndarray], batch_size: int) -> Any:
         """`function(params, *rows)` for some rows at a time; host arrays, or a tree of them."""
         if batch_size < 1:
@@ -314,6 +330,11 @@ def load(
         config.check_model(c.model)
         params = resize_parameters(params, c.model)
     return Pretrained(dataclasses.replace(weights, config=c, params=params))
+
+
+def _some(leaf: Any) -> Any:
+    """A few values of an array."""
+    return leaf[(0,) * (leaf.ndim - 1)][:8] if leaf.ndim else leaf
 
 
 def _several(images: Any) -> Iterable[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import PIL.Image
 import pyarrow.parquet
@@ -25,6 +27,7 @@ from coca_jax.data.records import DataError
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import exported
 from coca_jax.interop.weights import Weights
+from coca_jax.pretrained import Pretrained
 from tests import pairs, tiny
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -231,6 +234,41 @@ def test_damaged_results_are_named(photos: pathlib.Path, tmp_path: pathlib.Path)
     settings.write_text('{"seed')
     with pytest.raises(DataError, match=r"settings\.json is damaged .*remove it if"):
         pictures.keep_settings(str(out), {"seed": 1})
+
+
+def test_what_another_model_at_the_same_path_and_step_has_begun_is_refused(
+    model: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    coca = coca_jax.load(model)
+    assert coca.digest() == coca_jax.load(model).digest()
+    changed = dict(coca.params, contrastive_pooler=jax.tree.map(lambda x: x + 1, coca.params["contrastive_pooler"]))
+    weights = Weights(coca.config, coca.params, coca.tokenizer, coca.step)
+    others = [dataclasses.replace(weights, params=changed)]
+    others += [dataclasses.replace(weights, config=tiny.replace(coca.config, data__mean=(0.4, 0.5, 0.5)))]
+    others += [dataclasses.replace(weights, tokenizer=None)]
+    out = str(tmp_path / "out.jsonl")
+    settings: dict[str, Any] = {"checkpoint": "m", "step": 5}
+    pictures.keep_settings(out, settings)  # as a version wrote it that kept no digest
+    pictures.open_rows(out).add([{"path": "a", "feature": [1.0]}])
+    pictures.keep_settings(out, settings | {"model": coca.digest()})
+    for other in map(Pretrained, others):
+        with pytest.raises(DataError, match="was begun with another model than --checkpoint=m is now: remove"):
+            pictures.keep_settings(out, settings | {"model": other.digest()})
+    pictures.keep_settings(out, settings | {"model": coca.digest()})
+
+
+def test_features_of_two_models_are_not_mixed(
+    model: pathlib.Path, photos: pathlib.Path, tmp_path: pathlib.Path, run_python: Run
+) -> None:
+    coca = coca_jax.load(model)
+    other = jax.tree.map(lambda x: 1.5 * x, coca.params)
+    place, out = tmp_path / "m", tmp_path / "out.jsonl"
+    arguments = ["-m", "coca_jax.embed", str(photos / "0.png"), f"--checkpoint={place}", f"--output={out}"]
+    for params, said in ((coca.params, "1 pictures: "), (other, "another model than --checkpoint=")):
+        exported.write(Weights(coca.config, params, coca.tokenizer, coca.step), place, overwrite=True)
+        done = run_python(arguments, devices=1, check=False)
+        assert said in done.stdout + done.stderr
+    assert len(lines(out)) == 1
 
 
 def test_a_file_of_something_else_is_not_written_into(tmp_path: pathlib.Path) -> None:

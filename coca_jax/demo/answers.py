@@ -192,7 +192,8 @@ def open_index(output: str, coca: Pretrained, checkpoint: str, folder: str = "")
     paths = pictures.find([folder]) if folder else []
     if not folder and not pathlib.Path(output).exists():
         raise DataError(f"--output={output}: no such index; --pictures=FOLDER makes it")
-    pictures.keep_settings(output, {"checkpoint": checkpoint, "step": coca.step, "texts": ""})
+    model = {"checkpoint": checkpoint, "step": coca.step, "model": coca.digest()}
+    pictures.keep_settings(output, model | {"texts": ""})
     done = pictures.embed(paths, coca, output, batch_size=32) if folder else output
     names: list[str] = []
     if pathlib.Path(output).exists():
