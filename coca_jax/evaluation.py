@@ -73,8 +73,10 @@ def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step:
     shape = config.mesh_shape(mesh_keys, jax.device_count(), slice_count=slices)
     mesh = sharding.make_mesh(shape, dcn=config.dcn_shape(mesh_keys, slices))
     weights = stored.read_weights(checkpoint, step=step, mesh=mesh)
-    c = _merged(weights, given)
-    config.check(c, jax.device_count(), slice_count=slices, platform=jax.default_backend())
+    c = dataclasses.replace(_merged(weights, given), mesh=mesh_keys)
+    # How the steps of a training were cut up is of its devices: evaluate.batch_size fits any.
+    fitting = dataclasses.replace(c, batch_size=shape[0] * shape[1], microbatches=1)
+    config.check(fitting, jax.device_count(), slice_count=slices, platform=jax.default_backend())
     if weights.tokenizer is None:
         raise ConfigError(
             f"--checkpoint={checkpoint} came without its tokenizer: convert it with --tokenizer=PATH first"
@@ -117,7 +119,7 @@ def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step:
 
 
 def _merged(weights: Weights, given: config.Config | None) -> config.Config:
-    """The checkpoint's configuration with the given `evaluate` and `mesh`, and how data are read."""
+    """The checkpoint's configuration with the given `evaluate`, and how data are read."""
     c = weights.config
     # The kernels belong to the machine that it was trained on.
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention="xla"))
@@ -127,9 +129,7 @@ def _merged(weights: Weights, given: config.Config | None) -> config.Config:
     return dataclasses.replace(
         c,
         evaluate=given.evaluate,
-        mesh=given.mesh,
         data=dataclasses.replace(given.data, **wants),
-        batch_size=given.batch_size,
     )
 
 

@@ -281,6 +281,18 @@ def test_a_checkpoint_is_evaluated_by_itself(
     assert again["shapes/image_to_text/r1"] == found["shapes/image_to_text/r1"]
 
 
+def test_a_workdir_is_evaluated_on_other_devices_than_it_was_trained_on(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, run_python: Callable[..., Any]
+) -> None:
+    shutil.copytree(workdir, tmp_path / "run")
+    values = json.loads((workdir / "config.json").read_text())
+    values["mesh"]["fsdp"], values["microbatches"], values["evaluate"]["captions"] = 8, 8, 0
+    (tmp_path / "run" / "config.json").write_text(json.dumps(values))
+    command = ["-m", "coca_jax.evaluate", f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
+    run_python(command, devices=3)  # neither as many as the mesh names, nor such as divide the batch of 8
+    assert ", batch 8<" in (tmp_path / "out" / "shapes" / "report.html").read_text()
+
+
 def test_every_caption_is_scored(recipe: Any, workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     c = recipe.copy_and_resolve_references()
     c.evaluate.update(score_captions=True, likelihood=6)
