@@ -40,11 +40,15 @@ def main(argv: list[str]) -> None:
 
 def _folder(name: str, *, verify: bool, step: int | None = None) -> int:
     """Prints what there is to say of a workdir, of one step or of all; how many things are wrong."""
-    from coca_jax.train.checkpoint import absolute
+    from coca_jax.train.checkpoint import CheckpointError, reachable
     from coca_jax.train.checkpoint.folder import Folder
     from coca_jax.train.checkpoint.paths import FOLDER
 
-    path = absolute(name)
+    try:
+        path = reachable(name)
+    except CheckpointError as error:
+        print(error)
+        return 1
     # A workdir, or its folder of checkpoints.
     path = path / FOLDER if (path / FOLDER).exists() else path
     try:

@@ -22,7 +22,7 @@ from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import asked, pieces, report, suite, tables
 from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.train import state as states
-from coca_jax.train.checkpoint import CheckpointError, absolute
+from coca_jax.train.checkpoint import CheckpointError, reachable
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.txt"
@@ -59,7 +59,7 @@ def run(
     try:
         given = None if values is None else config.from_config_dict(values)
         distributed.initialize(processes, timeout)
-        return _run(given, checkpoint, absolute(output), step)
+        return _run(given, checkpoint, reachable(output), step)
     # ValueError: what cannot be measured, such as a source without labels.
     except (ConfigError, CheckpointError, ConversionError, distributed.DistributedError, ValueError, OSError) as error:
         return distributed.leave(f"error: {' '.join(str(error).split())}")

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from coca_jax.data import addresses
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.records import DataError
 from coca_jax.data.sources.base import IMAGE_EXTENSIONS
@@ -35,6 +36,7 @@ def find(arguments: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for argument in arguments:
+        addresses.check(argument)
         path = epath.Path(argument)
         if path.is_dir():
             inside = sorted(os.fspath(p) for p in _walk(path) if p.suffix.lower() in SUFFIXES)

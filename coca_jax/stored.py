@@ -40,10 +40,11 @@ def read_weights(
         directories they come as host arrays.
 
     Raises:
-      CheckpointError: a workdir holds no such step, or does not fit its own configuration.
+      CheckpointError: a workdir holds no such step, or does not fit its own configuration; or the path is an address
+        that is not read here.
       ConversionError: the path holds no model, a part is missing or damaged, or the parts do not fit together.
     """
-    path = checkpoint.absolute(path)
+    path = checkpoint.reachable(path)
     is_ours = exported.is_exported(path)
     if is_ours or (path / "checkpoints").is_dir():
         given = {"tokenizer": tokenizer, "name": name} | ({"step": step} if is_ours else {})

@@ -11,6 +11,7 @@ from etils import epath
 from tqdm import tqdm
 
 from coca_jax import config
+from coca_jax.data import addresses
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import Source
 
@@ -100,6 +101,7 @@ def read(path: epath.PathLike) -> tuple[str, ...]:
     Raises:
       DataError: it is missing or not UTF-8, or has a label twice or less than two.
     """
+    addresses.check(path)
     file = epath.Path(path)
     if not file.is_file():
         raise DataError(f"{path}: no such file; config.data.classes names one with a label a line, or is empty")

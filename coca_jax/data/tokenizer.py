@@ -13,7 +13,7 @@ import sentencepiece
 from etils import epath
 
 from coca_jax import config
-from coca_jax.data import vocabulary
+from coca_jax.data import addresses, vocabulary
 from coca_jax.data.records import DataError
 
 # Of the vocabularies trained here. A model from elsewhere keeps its own, read from the file.
@@ -35,6 +35,7 @@ class Tokenizer:
         if isinstance(model, bytes):
             name, content = "tokenizer", model
         else:
+            addresses.check(model)
             name, path = f"tokenizer {os.fspath(model)}", epath.Path(model)
             if not path.is_file():
                 raise DataError(f"{name}: no such file; set config.data.tokenizer to a SentencePiece .model file")

@@ -16,6 +16,8 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from coca_jax.data import addresses
+from coca_jax.data.records import DataError
 from coca_jax.interop.weights import ConversionError
 
 
@@ -30,7 +32,7 @@ def new_folder(folder: epath.PathLike, *, overwrite: bool = False) -> Iterator[p
     Raises:
       ConversionError: there is something, or it cannot be written.
     """
-    target = epath.Path(folder)
+    target = named(folder)
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{target} is a file: name a folder that is to be made")
     if target.exists() and any(target.iterdir()) and not overwrite:
@@ -53,6 +55,15 @@ def new_folder(folder: epath.PathLike, *, overwrite: bool = False) -> Iterator[p
             os.rename(whole, target)
     except OSError as error:
         raise ConversionError(f"{target} cannot be written: {error}") from error
+
+
+def named(path: epath.PathLike) -> epath.Path:
+    """A path that was named by a user. Raises ConversionError for an address that cannot be read or written here."""
+    try:
+        addresses.check(path)
+    except DataError as error:
+        raise ConversionError(str(error)) from error
+    return epath.Path(path)
 
 
 def _upload(folder: pathlib.Path, target: epath.Path) -> None:

@@ -12,6 +12,7 @@ import PIL.Image
 from etils import epath
 
 from coca_jax import config
+from coca_jax.data import addresses
 from coca_jax.data.images import decoding, geometry
 from coca_jax.data.records import BadExample, DataError
 
@@ -45,6 +46,7 @@ def to_square(
       DataError: none of these, or one that cannot be read; the message names the file.
     """
     if isinstance(image, (str, os.PathLike)):
+        addresses.check(image)
         path = epath.Path(image)
         if not path.is_file():
             raise DataError(f"{path}: no such picture")

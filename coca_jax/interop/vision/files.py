@@ -71,7 +71,7 @@ def find(path: epath.PathLike) -> epath.Path:
     Raises:
       ConversionError: there is none, or it is not known which.
     """
-    path = epath.Path(path).expanduser()
+    path = folders.named(path).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():

@@ -11,7 +11,7 @@ lock.py      one run in a workdir
 """
 
 from coca_jax.train.checkpoint.lock import Lock, Locked
-from coca_jax.train.checkpoint.paths import CONFIG_FILE, TOKENIZER_FILE, CheckpointError, absolute
+from coca_jax.train.checkpoint.paths import CONFIG_FILE, TOKENIZER_FILE, CheckpointError, absolute, reachable
 from coca_jax.train.checkpoint.store import Checkpoints
 from coca_jax.train.checkpoint.workdir import keep_config, read_config
 
@@ -24,5 +24,6 @@ __all__ = [
     "Locked",
     "absolute",
     "keep_config",
+    "reachable",
     "read_config",
 ]

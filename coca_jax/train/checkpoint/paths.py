@@ -6,6 +6,9 @@ import os
 
 from etils import epath
 
+from coca_jax.data import addresses
+from coca_jax.data.records import DataError
+
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
 FOLDER = "checkpoints"
@@ -19,6 +22,19 @@ def absolute(workdir: epath.PathLike) -> epath.Path:
     """The path of a workdir as Orbax needs it: from the root of a file system, or a bucket's."""
     text = os.fspath(workdir)
     return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
+def reachable(workdir: epath.PathLike) -> epath.Path:
+    """`absolute` of a path that was named by a user.
+
+    Raises:
+      CheckpointError: it is an address that is not read here, or needs a package that is not installed.
+    """
+    try:
+        addresses.check(workdir)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    return absolute(workdir)
 
 
 def is_bucket(path: epath.Path) -> bool:
