@@ -169,9 +169,7 @@ class Pretrained:
     def _clips(self, images: Any) -> np.ndarray:
         if (frames := self.config.model.head.frames) == 1:
             return self.preprocessor.pixels(_several(images))
-        middles = np.full(frames, 0.5)
-        clips = [list(clip) for clip in images]
-        return np.stack([self.preprocessor.pixels(c[i] for i in classes.frames_at(len(c), middles)) for c in clips])
+        return np.stack([self.preprocessor.pixels(clip) for clip in classes.of_clips(images, frames)])
 
     def _classifies(self, *, reads_text: bool) -> None:
         if not self._apply.has_classes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -68,6 +70,37 @@ def frames_at(length: int, places: np.ndarray) -> np.ndarray:
     return np.minimum(at, length - 1)
 
 
+def of_clips(clips: Any, frames: int) -> list[list[Any]]:
+    """The pictures of each clip that a model of so many frames looks at, those in the middle of equal spans.
+
+    Args:
+      clips: each pictures in order, of any number; arrays are `[frames, h, w, 3]`.
+      frames: of the model.
+
+    Raises:
+      DataError: there is no clip, or a picture in the place of one.
+    """
+    wanted = f"this model looks at {frames} frames of a clip: give a list of clips, each a list of pictures in order"
+    if not _holds(clips, 5):
+        raise DataError(wanted)
+    found, middles = [], np.full(frames, 0.5)
+    for at, clip in enumerate(clips):
+        pictures = list(clip) if _holds(clip, 4) else []
+        if not pictures:
+            what = "has no pictures" if _holds(clip, 4) else "is one picture"
+            raise DataError(f"clip {at} {what}; {wanted}")
+        found.append([pictures[i] for i in frames_at(len(pictures), middles)])
+    if not found:
+        raise DataError(f"no clip was given; {wanted}")
+    return found
+
+
+def _holds(value: Any, axes: int) -> bool:
+    """Whether it is several, and not a path, encoded bytes, a picture or an array of other axes."""
+    single = isinstance(value, str | bytes | bytearray | memoryview) or not isinstance(value, Iterable)
+    return not single and getattr(value, "ndim", axes) == axes
+
+
 @dataclasses.dataclass(frozen=True)
 class Label:
     """A class that a classifier gives a picture, and its probability."""
@@ -83,7 +116,12 @@ def likeliest(logits: np.ndarray, labels: tuple[str, ...], top: int) -> list[lis
       logits: float `[b, c]`.
       labels: of the c classes.
       top: how many.
+
+    Raises:
+      ValueError: top is less than 1.
     """
+    if top < 1:
+        raise ValueError(f"top={top} must be 1 or more: how many classes of each picture are wanted")
     logits = logits.astype(np.float64)
     probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities /= probabilities.sum(axis=1, keepdims=True)

@@ -75,6 +75,7 @@ def test_each_reader_says_it(address: str, said: str) -> None:
         ["coca_jax.convert", "--input={address}", "--output={here}/o"],
         ["coca_jax.evaluate", "--checkpoint={here}", "--output={address}"],
         ["coca_jax.checkpoint", "list", "{address}"],
+        ["coca_jax.data.prepare", "convert", "--source=folder:{here}", "--out={address}"],
     ],
 )
 def test_each_command_says_it_in_a_line(

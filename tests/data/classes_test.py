@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from coca_jax.data import classes
@@ -47,3 +50,38 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path):
         classes.read(tmp_path / "labels.txt")
     (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\n\r\ndog\r\n")
     assert classes.read(tmp_path / "labels.txt") == ("cat", "dog")
+
+
+def test_frames_of_clips():
+    clips = [["a", "b", "c", "d"], (p for p in "xy"), np.arange(3 * 4).reshape(3, 2, 2, 1)]
+    found = classes.of_clips(clips, 2)
+    assert found[:2] == [["b", "d"], ["x", "y"]]
+    assert [frame[0, 0, 0] for frame in found[2]] == [0, 8]
+    (alone,) = classes.of_clips(np.zeros((1, 5, 2, 2, 3), np.uint8), 2)
+    assert [frame.shape for frame in alone] == [(2, 2, 3)] * 2
+
+
+@pytest.mark.parametrize(
+    ("clips", "said"),
+    [
+        (np.zeros((5, 8, 8, 3), np.uint8), "^this model looks at 2 frames of a clip: give a list of clips"),
+        ([np.zeros((8, 8, 3), np.uint8)], "clip 0 is one picture; this model looks at 2 frames"),
+        ("clip.gif", "^this model looks at 2"),
+        (pathlib.Path("clip.gif"), "^this model looks at 2"),
+        (PIL.Image.new("RGB", (2, 2)), "^this model looks at 2"),
+        ([["1.png"], "2.png"], "clip 1 is one picture"),
+        ([pathlib.Path("1.png")], "clip 0 is one picture"),
+        ([b"bytes"], "clip 0 is one picture"),
+        ([["1.png"], []], "clip 1 has no pictures"),
+        ([], "no clip was given"),
+    ],
+)
+def test_what_is_no_list_of_clips_is_refused(clips, said):
+    with pytest.raises(DataError, match=said):
+        classes.of_clips(clips, 2)
+
+
+@pytest.mark.parametrize("top", [0, -1])
+def test_no_class_at_all_is_refused(top):
+    with pytest.raises(ValueError, match=f"top={top} must be 1 or more"):
+        classes.likeliest(np.zeros((1, 2), np.float32), ("a", "b"), top)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable
 
+import jax
 import numpy as np
 import pytest
 
 import coca_jax
 from coca_jax import evaluation
 from coca_jax.data.classes import Task
-from coca_jax.data.records import BadExample, Record
+from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.interop import exported, open_clip
-from coca_jax.interop.weights import ConversionError
+from coca_jax.interop.weights import ConversionError, Weights
+from coca_jax.pretrained import Pretrained
 from coca_jax.stored import read_weights
+from coca_jax.train import state as states
+from tests import tiny
 from tests.finetune import digits
 from tests.finetune.conftest import Tuned
 
@@ -123,3 +127,19 @@ def test_a_record_of_another_class_is_a_bad_example() -> None:
         with pytest.raises(BadExample, match=reason) as error:
             task.number(Record("a", b"", (), label))
         assert error.value.reason == "no_class"
+
+
+def test_one_clip_is_not_taken_for_many() -> None:
+    c = tiny.replace(tiny.CONFIG, model__head__frames=3, model__head__classes=2, loss__lambda_cls=1.0)
+    c = tiny.replace(c, loss__lambda_con=0.0, loss__lambda_cap=0.0)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), states.abstract_parameters(c))
+    coca = Pretrained(Weights(c, params, None, labels=("left", "right")))
+    clip = rng.integers(0, 256, (5, 8, 8, 3), np.uint8)
+    found = coca.classify([clip, clip[::-1]])
+    assert [len(row) for row in found] == [2, 2]
+    (alone,) = coca.classify(clip[None])
+    assert alone[0].name == found[0][0].name and alone[0].probability == pytest.approx(found[0][0].probability)
+    for images in (clip, ["1.png", "2.png", "3.png"], []):
+        with pytest.raises(DataError, match="this model looks at 3 frames of a clip: give a list of clips"):
+            coca.classify(images)

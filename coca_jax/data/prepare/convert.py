@@ -13,6 +13,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from coca_jax.data import addresses
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.prepare import beam, files, local, shards
 from coca_jax.data.prepare.checking import QUALITY, Dropped
@@ -85,6 +86,7 @@ def convert(
     Raises:
       DataError: the source cannot be opened or is damaged, the folder holds something else, or cannot be written.
     """
+    addresses.check(out)
     folder = epath.Path(os.fspath(out)).expanduser()
     if "://" not in os.fspath(folder):
         folder = epath.Path(os.path.abspath(folder))
