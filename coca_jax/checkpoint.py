@@ -33,8 +33,11 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator may belong to the run that is looked at
     commandline.quiet()
     bad = 0
-    for name in folders:
-        bad += _folder(name, verify=command == "verify", step=_STEP.value)
+    try:
+        for name in folders:
+            bad += _folder(name, verify=command == "verify", step=_STEP.value)
+    except KeyboardInterrupt:
+        sys.exit("stopped: not everything was looked at")
     sys.exit(1 if bad else 0)
 
 

@@ -60,8 +60,11 @@ def main(argv: list[str]) -> None:
 
     try:
         _convert()
-    except (ConversionError, CheckpointError, DataError, ConfigError) as error:
+    except (ConversionError, CheckpointError, DataError, ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        left = "may be there in part: write it again with --overwrite" if "://" in _OUTPUT.value else "is as it was"
+        sys.exit(f"stopped: {_OUTPUT.value} {left}")
 
 
 def _convert() -> None:

@@ -40,6 +40,35 @@ def test_wrong_arguments_get_one_line(
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("raised", "output", "said"),
+    [
+        ("KeyboardInterrupt", "out", "stopped: out is as it was"),
+        ("KeyboardInterrupt", "gs://b/out", "stopped: gs://b/out may be there in part: write it again with"),
+        (
+            "PermissionError(13, 'Permission denied', 'weights')",
+            "out",
+            "error: [Errno 13] Permission denied: 'weights'",
+        ),
+    ],
+)
+def test_an_end_before_the_end_is_said(run_python: Callable[..., Any], raised: str, output: str, said: str) -> None:
+    code = f"""
+        import sys
+        from coca_jax import convert
+
+        def ends():
+            raise {raised}
+
+        convert._convert = ends
+        sys.argv = ["convert", "--input=in", "--output={output}"]
+        convert.cli()
+    """
+    done = run_python(code, devices=1, check=False)
+    assert done.returncode == 1 and done.stderr.startswith(said), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 def test_every_format_has_a_writer(run_python: Callable[..., Any]) -> None:
     # In a process of its own: the flags of two programs cannot be defined in one. ONNX has a test with its packages.
     code = "from coca_jax import convert; print({to: callable(convert._writer(to)) for to in convert.FORMATS[:-1]})"

@@ -50,9 +50,14 @@ def new_folder(folder: epath.PathLike, *, overwrite: bool = False) -> Iterator[p
             whole, before = pathlib.Path(scratch) / "new", pathlib.Path(scratch) / "old"
             whole.mkdir()
             yield whole
-            if target.exists():
-                os.rename(target, before)
-            os.rename(whole, target)
+            try:
+                if target.exists():
+                    os.rename(target, before)
+                os.rename(whole, target)
+            except BaseException:  # Ctrl-C too: what was there would go with the scratch folder
+                if before.exists() and not target.exists():
+                    os.rename(before, target)
+                raise
     except OSError as error:
         raise ConversionError(f"{target} cannot be written: {error}") from error
 

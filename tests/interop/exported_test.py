@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import runpy
 import shutil
@@ -26,7 +27,7 @@ import coca_jax
 from coca_jax import config
 from coca_jax.data.images import Preprocessor, normalize
 from coca_jax.data.tokenizer import Tokenizer
-from coca_jax.interop import exported
+from coca_jax.interop import exported, folders
 from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.model.coca import CoCa
 from coca_jax.train import state
@@ -283,6 +284,31 @@ def test_what_does_not_fit_together_is_said(
 ) -> None:
     edit(folder, change)
     assert message in refused(folder)
+
+
+@pytest.mark.parametrize("stop_at", [1, 2])  # between the two renames, and in the second
+@pytest.mark.parametrize(("raised", "said"), [(KeyboardInterrupt, "^$"), (OSError, "cannot be written")])
+def test_what_is_to_be_replaced_stays_until_it_is(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, raised: type[BaseException], said: str
+) -> None:
+    before, rename, calls = {p.name: p.read_bytes() for p in folder.iterdir()}, os.rename, []
+
+    def stops(*paths: Any) -> None:
+        calls.append(paths)
+        if calls[stop_at:] or len(calls) == 1:  # aside, and back
+            rename(*paths)
+        if len(calls) == stop_at:
+            raise raised
+
+    monkeypatch.setattr(os, "rename", stops)
+    with (
+        pytest.raises(ConversionError if raised is OSError else raised, match=said),
+        folders.new_folder(folder, overwrite=True) as new,
+    ):
+        (new / "file").write_text("new")
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
 def test_a_writer_refuses_what_is_there_and_leaves_nothing_half_done(
