@@ -64,7 +64,8 @@ class Pretrained:
         """Unit-length float32 features of pictures; of a bridge in stage one `[b, q, d]`, the nearest of which counts.
 
         Args:
-          images: one or several: paths, encoded bytes, PIL images or uint8 arrays `[h, w, 3]`, of any size.
+          images: one, or several in a list, an iterator or an array: paths, encoded bytes, PIL images or uint8
+            arrays `[h, w, 3]`, of any size.
           batch_size: pictures that are computed at a time.
         """
         return self.encode_pixels(self.preprocessor.pixels(_several(images)), batch_size=batch_size)
@@ -316,13 +317,15 @@ def load(
 
     Raises:
       CheckpointError, ConversionError: as `stored.read_weights` does.
-      ConfigError: image_size is not a multiple of the patch.
+      ConfigError: image_size is no number of pixels, or not a multiple of the patch.
     """
     weights = read_weights(path, step=step, tokenizer=tokenizer, name=name)
     # The kernels belong to the machine that it was trained on; XLA computes the same function anywhere.
     c, params = weights.config, weights.params
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention="xla"))
     if image_size is not None:
+        if not (isinstance(image_size, int | np.integer) and image_size > 0):
+            raise config.ConfigError(f"image_size={image_size!r} must be a whole number above 0, of pixels")
         image = dataclasses.replace(c.model.image, size=image_size)
         c = dataclasses.replace(c, model=dataclasses.replace(c.model, image=image))
         config.check_model(c.model)
@@ -336,6 +339,7 @@ def _some(leaf: Any) -> Any:
 
 
 def _several(images: Any) -> Iterable[Any]:
-    if isinstance(images, (list, tuple)):
-        return images
-    return images if isinstance(images, np.ndarray) and images.ndim == 4 else [images]
+    if isinstance(images, str | bytes | bytearray | memoryview) or not isinstance(images, Iterable):
+        return [images]
+    # An array of one axis holds paths, as a column of a table does; of four pictures; of others it is a picture.
+    return images if getattr(images, "ndim", 1) in (1, 4) else [images]
