@@ -27,8 +27,11 @@ class Model:
         self.c = self.described["model"]
         tensors = safetensors.numpy.load_file(pathlib.Path(folder) / self.described["weights"]["file"])
         self.p = {path: x.astype(np.float64) for path, x in tensors.items()}
+        # A half that was not trained has no parameters: what it would compute is None.
+        self.has_contrastive = self.described["loss"]["lambda_con"] > 0
+        self.has_captioning = self.described["loss"]["lambda_cap"] > 0
 
-    def encode_image(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode_image(self, pixels: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
         """uint8 [b, size, size, 3] -> unit-length features [b, e], and the tokens [b, q, d] that a caption reads."""
         c, image = self.c["pooler"], self.c["image"]
         how = self.described["preprocessing"]
@@ -50,14 +53,18 @@ class Model:
             at = "image_encoder/blocks"
             x = x + self.attention(self.norm(x, f"{at}/attention_norm", layer), None, f"{at}/attention", layer)
             x = x + self.mlp(self.norm(x, f"{at}/mlp_norm", layer), f"{at}/mlp", layer)
-        tokens = self.pool(x, "generative_pooler")
+        features = tokens = None
+        if self.has_captioning or c["kind"] != "parallel":
+            tokens = self.pool(x, "generative_pooler")
         if c["kind"] == "single":
             pooled, tokens = tokens[:, 0], tokens[:, 1:]
-        else:
+        elif self.has_contrastive:
             pooled = self.pool(x if c["kind"] == "parallel" else tokens, "contrastive_pooler")[:, 0]
-        return _unit(pooled @ self.p["image_projection/kernel"]), tokens
+        if self.has_contrastive:
+            features = _unit(pooled @ self.p["image_projection/kernel"])
+        return features, tokens if self.has_captioning else None
 
-    def encode_text(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode_text(self, ids: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
         """ids [b, t], t = model.text.length, padded behind -> unit-length features [b, e], and the tokens [b, t, d]."""
         text = self.c["text"]
         t, pad = text["length"], text["pad_id"]
@@ -78,6 +85,8 @@ class Model:
             y = self.norm(x, f"{at}/attention_norm", layer)
             x = x + self.attention(y, None, f"{at}/attention", layer, allowed)
             x = x + self.mlp(self.norm(x, f"{at}/mlp_norm", layer), f"{at}/mlp", layer)
+        if not self.has_contrastive:
+            return None, x[:, :t]
         cls = self.norm(x[:, t], "text_decoder/cls_norm")
         return _unit(cls @ self.p["text_projection/kernel"]), x[:, :t]
 
@@ -163,5 +172,7 @@ if __name__ == "__main__":
     ids = np.array([given + [text["pad_id"]] * (text["length"] - len(given))])
     image_features, image_tokens = model.encode_image(np.load(sys.argv[2])[None])
     text_features, text_tokens = model.encode_text(ids)
-    print(f"similarity {image_features[0] @ text_features[0]:.4f}")
-    print(f"next token {model.logits(text_tokens, image_tokens)[0, len(given) - 1].argmax()}")
+    if model.has_contrastive:
+        print(f"similarity {image_features[0] @ text_features[0]:.4f}")
+    if model.has_captioning:
+        print(f"next token {model.logits(text_tokens, image_tokens)[0, len(given) - 1].argmax()}")

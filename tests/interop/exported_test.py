@@ -167,6 +167,25 @@ def test_numpy_alone_computes_the_same_from_the_files(tmp_path: pathlib.Path, na
         np.testing.assert_allclose(found[key], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=key)
 
 
+@pytest.mark.parametrize("kind", ["parallel", "cascade", "single"])
+@pytest.mark.parametrize("left_out", ["lambda_con", "lambda_cap"])
+def test_numpy_alone_computes_one_half(tmp_path: pathlib.Path, kind: str, left_out: str) -> None:
+    model = tiny.replace(MODEL, pooler__kind=kind, embed_dim=16)
+    exported.write(weights(model, None, **{left_out: 0.0}), tmp_path / "out")
+    reference = runpy.run_path("docs/numpy_coca.py")["Model"](str(tmp_path / "out"))
+    pixels, ids = inputs(model)
+    wanted = computed(model, tiny.parameters(model), pixels, ids)  # of both halves: `weights` leaves one out
+    found: dict[str, np.ndarray | None] = {}
+    found["image_features"], image_tokens = reference.encode_image(pixels)
+    found["text_features"], text_tokens = reference.encode_text(ids)
+    found["logits"] = reference.logits(text_tokens, image_tokens) if reference.has_captioning else None
+    for key, value in found.items():
+        assert (value is None) == ((key == "logits") == (left_out == "lambda_cap")), key
+        if value is not None:
+            atol = 1e-5 * np.abs(value).max()
+            np.testing.assert_allclose(value, wanted[key], rtol=0, atol=atol, err_msg=key)
+
+
 def test_numpy_alone_runs_without_this_package(
     tmp_path: pathlib.Path, run_python: Callable[..., Any], tokenizer: Tokenizer
 ) -> None:
