@@ -65,9 +65,19 @@ def configuration(args: argparse.Namespace, changes: str = "") -> tuple[dict[str
         text=dataclasses.replace(model.text, scan_unroll=0),
     )
     c = config.Config(model=model, batch_size=args.batch, steps=1000, optimizer=config.Optimizer(name="adamw"))
+    values, environment = changed(c, changes)
+    ours = {"JAX_PLATFORMS": platforms(), compiler.KEEP_MEMORY: os.environ.get(compiler.KEEP_MEMORY, "on")}
+    return values, ours | environment
+
+
+def changed(c: config.Config, changes: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A configuration as a nested dict with `key=value`s, and the environment variables among these.
+
+    Raises:
+      SystemExit: a change cannot be read, or names no key.
+    """
     values: dict[str, Any] = dataclasses.asdict(c)
-    environment = {"JAX_PLATFORMS": platforms()}
-    environment |= {compiler.KEEP_MEMORY: os.environ.get(compiler.KEEP_MEMORY, "on")}
+    environment: dict[str, str] = {}
     for change in shlex.split(changes):
         key, equals, value = change.partition("=")
         if equals and key.isupper():

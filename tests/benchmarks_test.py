@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import pathlib
 import re
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import floor, relatives, scaling, trace, train_step, turns
+from benchmarks import floor, gpu_program, relatives, scaling, trace, train_step, turns
 from coca_jax import config
 from coca_jax.model import flops
 
@@ -148,3 +149,9 @@ def test_the_parts_of_a_step_are_most_of_its_products() -> None:
             shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in part.shapes]
             compiled = jax.jit(part.function).lower(*shapes).compile()
             assert part.flops <= compiled.cost_analysis()["flops"] < 1.02 * part.flops, part.name
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("jax_cuda12_plugin")), reason="what is said without it")
+def test_a_missing_compiler_for_gpus_is_said() -> None:
+    with pytest.raises(SystemExit, match=re.escape('pip install "coca_jax[gpu]"')):
+        gpu_program.devices()

@@ -158,7 +158,7 @@ def compile_on(c: config.Config, mesh: Any) -> Measured:
     kept = activations.bytes_of_a_row(c, rows) * rows
     with jax.set_mesh(mesh):
         state = states.abstract(c, optimizer, mesh)
-        batch = _abstract_batch(c, sharding.batch_sharding(mesh))
+        batch = abstract_batch(c, sharding.batch_sharding(mesh))
         step: Any = compile_step(c, optimizer, mesh, state)
         traced = step.trace(state, batch)
         count = products.flops(traced.jaxpr.jaxpr, mesh.size)
@@ -189,7 +189,7 @@ def compile_on(c: config.Config, mesh: Any) -> Measured:
     )
 
 
-def _abstract_batch(c: config.Config, place: Any) -> dict[str, Any]:
+def abstract_batch(c: config.Config, place: Any) -> dict[str, Any]:
     """A training batch as the pipeline places it, in shapes alone."""
     import jax
     import jax.numpy as jnp

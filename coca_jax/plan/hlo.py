@@ -19,6 +19,7 @@ _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLS = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 # They move nothing, or what they move is counted where it is used.
@@ -37,12 +38,14 @@ class Traffic:
         reduce-scatter and all-to-all s (g - 1) / g, all-reduce twice that; a permutation what is given.
       exposed: the part of it that belongs to collectives which the program waits for on the spot.
       hbm: read from and written to the chip's memory; what stays in its scratch memory is not counted.
+      hbm_of: the same by kind of instruction: its opcode, or the target of a custom call.
       unknown_loops: loops whose number of rounds is not in the text; they count as one round.
     """
 
     collectives: dict[str, float]
     exposed: float
     hbm: float
+    hbm_of: dict[str, float]
     unknown_loops: int
 
 
@@ -61,6 +64,12 @@ class _Instruction:
         branches = _BRANCHES.search(self.rest)
         names = [n.strip().lstrip("%") for n in branches.group(1).split(",")] if branches else []
         return names + _CALLS.findall(self.rest)
+
+    @property
+    def kind(self) -> str:
+        """Its opcode, or the target of a custom call."""
+        target = _TARGET.search(self.rest) if self.opcode == "custom-call" else None
+        return target.group(1) if target else self.opcode
 
     @property
     def arrays(self) -> list[tuple[float, bool]]:
@@ -93,17 +102,18 @@ def traffic(text: str, chips: int) -> Traffic:
     """
     computations, entry = _parse(text)
     sent: dict[str, float] = dict.fromkeys(COLLECTIVES, 0.0)
-    exposed = hbm = 0.0
-    unknown = 0
+    hbm: dict[str, float] = collections.defaultdict(float)
+    exposed, unknown = 0.0, 0
 
     def visit(name: str, times: float) -> None:
-        nonlocal exposed, hbm, unknown
+        nonlocal exposed, unknown
         for size, kind, waits in _collectives(computations, name, chips):
             sent[kind] += times * size
             exposed += times * size if waits else 0.0
         here = computations[name]
         for instruction in here.values():
-            hbm += times * _memory(computations, here, instruction)
+            if moved := _memory(computations, here, instruction):
+                hbm[instruction.kind] += times * moved
             if instruction.opcode == "while":
                 rounds = _rounds(computations, instruction)
                 unknown += rounds is None
@@ -114,7 +124,7 @@ def traffic(text: str, chips: int) -> Traffic:
                     visit(callee, times)
 
     visit(entry, 1.0)
-    return Traffic(sent, exposed, hbm, unknown)
+    return Traffic(sent, exposed, sum(hbm.values()), dict(hbm), unknown)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +275,9 @@ def _memory(computations: dict[str, Computation], here: Computation, i: _Instruc
         arrays = [array for array in i.arrays if array[0] > 8]
         size, there = arrays[0 if i.opcode == "copy-start" else -1] if arrays else (0.0, False)
         return sum(min(o.in_hbm, size) for o in given[:1]) + (size if there else 0.0)
-    return sum(o.in_hbm for o in given if o.opcode != "constant") + i.in_hbm
+    # A library's product on GPUs has its workspace, bytes of no shape, among its results.
+    workspace = sum(float(n) for n in re.findall(r"\bs8\[(\d+)\]", i.shape)) if i.kind.startswith("__cublas") else 0.0
+    return sum(o.in_hbm for o in given if o.opcode != "constant") + i.in_hbm - workspace
 
 
 def _read(computations: dict[str, Computation], callee: Computation, number: int) -> float:

@@ -100,7 +100,20 @@ def test_a_tpu_program_is_read() -> None:
     assert traffic.exposed == 5 * whole * 3 / 4 + 2 * array * 7 / 8
     assert traffic.unknown_loops == 0
     # Of the stack one layer a round, the counter (4 + 4, the sum lies elsewhere), then both ends of the last two.
-    assert traffic.hbm == 5 * (1024 * 4 + 4 + 4) + 2 * array + 2 * array
+    assert traffic.hbm == 5 * (1024 * 4 + 4 + 4) + 2 * array + 2 * array == sum(traffic.hbm_of.values())
+
+
+def test_a_librarys_workspace_is_not_moved() -> None:
+    call = "(bf16[64,32]{1,0}, s8[33554432]{0}) custom-call(%a.1, %b.1)"
+    text = f"""HloModule step
+
+ENTRY %main (a.1: bf16[64,128], b.1: bf16[128,32]) -> (bf16[64,32], s8[33554432]) {{
+  %a.1 = bf16[64,128]{{1,0}} parameter(0)
+  %b.1 = bf16[128,32]{{1,0}} parameter(1)
+  ROOT %product.1 = {call}, custom_call_target="__cublas$lt$matmul"
+}}
+"""
+    assert hlo.traffic(text, 1).hbm_of == {"__cublas$lt$matmul": 2 * (64 * 128 + 128 * 32 + 64 * 32)}
 
 
 def test_a_loop_of_unknown_length_is_said() -> None:

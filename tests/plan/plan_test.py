@@ -112,7 +112,7 @@ def test_the_batch_that_is_planned_with_is_the_pipelines(tmp_path: pathlib.Path)
     batches = iter(pipeline.place(loader, place, c.batch_size))
     real = {k: (v.shape, v.dtype, v.sharding) for k, v in next(batches).items() if k not in pipeline.HOST_KEYS}
     batches.close()
-    planned = compiled._abstract_batch(c, place)
+    planned = compiled.abstract_batch(c, place)
     assert {k: (v.shape, v.dtype, v.sharding) for k, v in planned.items()} == real
 
 
