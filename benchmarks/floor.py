@@ -4,11 +4,11 @@
     python -m benchmarks.floor --model=small --batch=32
 
 Each part, with its backward pass, is a program of its own, of the step's shapes and the step's code, over arrays that
-mostly stay in the caches, as the step's do not: the sum is what these parts take at best. Not in it: residual sums,
-embeddings, the pooler, the contrastive loss, and what the layers' parameters are taken out of their stacks by. "Of its
-products": FLOPs at the rate of a square product, the ceiling of benchmarks.train_step; "beside them": the rest of the
-part's time. Where that adds up to more than a ninth of the products, running these parts one after the other cannot
-reach 90% of the ceiling.
+mostly stay in the caches, as the step's do not. The step can be quicker than their sum where parts run side by side,
+slower where they wait for one another. Not in it: residual sums, embeddings, the pooler, the contrastive loss, and
+taking the layers' parameters out of their stacks. "Of its products": FLOPs at the rate of a square product, the ceiling
+of benchmarks.train_step; "beside them": the rest of the part's time. Where that adds up to more than a ninth of the
+products, running these parts one after the other cannot reach 90% of the ceiling.
 """
 
 from __future__ import annotations

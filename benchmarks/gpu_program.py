@@ -8,9 +8,9 @@ says otherwise. Without a device XLA cannot try out kernels: all products are cu
 replace where they are quicker.
 
 "Products", "attention" and "the rest": what their kernels read and write, workspaces left out, each kernel as if it
-found nothing in the cache. The time is what the model's products need at the peak of the data sheet, and the others at
-its memory's, one after the other: no measurement but a bound that the program as it is compiled cannot pass. "Of peak":
-the model FLOPs utilisation that this bound would be.
+found nothing in the cache (50 MB). "S at best" is what the model's products need at the peak of the data sheet, and the
+others at its memory's, one after the other: an estimate, and no measurement. "Of peak": the model FLOPs utilisation
+that it would be.
 """
 
 from __future__ import annotations

@@ -17,19 +17,8 @@ from coca_jax.data.records import DataError, Record
 # Of one picture or one text beside it. More is no web picture, and a few of them at once would fill a host's memory.
 MAX_BYTES = 256 << 20
 
-IMAGE_EXTENSIONS = (
-    "jpg",
-    "jpeg",
-    "jpe",
-    "jfif",
-    "png",
-    "webp",
-    "gif",
-    "bmp",
-    "tif",
-    "tiff",
-    "avif",
-)  # of images.FORMATS
+# Of images.FORMATS.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 # Columns and fields that are looked for, in this order, where no option names one.
 IMAGE_NAMES = ("image", "file_name", "filename", "file", "image_path", "path", "filepath", "img", "jpg", "png", "url")
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "txt", "title", "alt_text")
