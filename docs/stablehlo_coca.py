@@ -4,7 +4,8 @@
     python docs/stablehlo_coca.py exported/mine pictures.npy
 
 prints the token ids of a caption for each picture (uint8 [b, size, size, 3]); manifest.json names the tokenizer's file,
-which turns them into text. docs/checkpoints.md describes the files.
+which turns them into text. Of a model that was trained without captions it prints the pictures' features.
+docs/checkpoints.md describes the files.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ class Model:
     def caption(self, pixels: np.ndarray) -> np.ndarray:
         """Token ids [b, length] of the likeliest captions: bos, tokens, eos, padding."""
         decoding = self.manifest["decoding"]
+        if decoding is None:
+            sys.exit(f"{self.folder} is of a model without captions (lambda_cap=0): it has {', '.join(self.functions)}")
+        if decoding["bos_id"] is None:
+            sys.exit(f"{self.folder} came without its tokenizer: export it again, of weights that have one")
         outputs = [output["name"] for output in self.manifest["functions"]["encode_image"]["outputs"]]
         image_tokens = self["encode_image"](pixels)[outputs.index("image_tokens")]
         tokens = np.full((len(pixels), decoding["length"]), decoding["pad_id"], np.int32)
@@ -68,5 +73,10 @@ class Model:
 
 
 if __name__ == "__main__":
-    for ids in Model(sys.argv[1]).caption(np.load(sys.argv[2])):
-        print(*ids)
+    model, pixels = Model(sys.argv[1]), np.load(sys.argv[2])
+    if model.manifest["decoding"] is None:
+        (rows,) = model["encode_image"](pixels)  # the half that there is
+    else:
+        rows = model.caption(pixels)
+    for row in np.asarray(rows):
+        print(*row)

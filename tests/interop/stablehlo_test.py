@@ -230,6 +230,25 @@ def test_the_example_names_a_damaged_file(tmp_path: pathlib.Path, folder: pathli
         runpy.run_path("docs/stablehlo_coca.py")["Model"](str(tmp_path / "out"))
 
 
+def test_the_example_runs_one_half(
+    tmp_path: pathlib.Path, run_python: Callable[..., Any], tokenizer: Tokenizer
+) -> None:
+    w = weights(MODEL, tokenizer, lambda_cap=0.0)
+    stablehlo.write(w, tmp_path / "out")
+    np.save(tmp_path / "pixels.npy", pixels(2))
+    done = run_python(["docs/stablehlo_coca.py", tmp_path / "out", tmp_path / "pixels.npy"], devices=1)
+    features = np.array([line.split() for line in done.stdout.splitlines()], np.float32)
+    np.testing.assert_allclose(features, wanted(weights(MODEL, None), 2)["image_features"], rtol=0, atol=1e-5)
+    with pytest.raises(SystemExit, match=r"without captions \(lambda_cap=0\): it has encode_image, encode_text"):
+        runpy.run_path("docs/stablehlo_coca.py")["Model"](str(tmp_path / "out")).caption(pixels(2))
+
+
+def test_the_example_says_that_there_is_no_tokenizer(tmp_path: pathlib.Path) -> None:
+    stablehlo.write(weights(MODEL, None), tmp_path / "out")
+    with pytest.raises(SystemExit, match="out came without its tokenizer: export it again"):
+        runpy.run_path("docs/stablehlo_coca.py")["Model"](str(tmp_path / "out")).caption(pixels(2))
+
+
 def test_load_says_what_it_is(folder: pathlib.Path) -> None:
     with pytest.raises(ConversionError, match=r"holds compiled functions \(stablehlo\), which docs/stablehlo_coca\.py"):
         coca_jax.load(folder)

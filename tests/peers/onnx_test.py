@@ -124,6 +124,12 @@ def test_weights_too_large_for_a_file_lie_beside_it(
             model(function.name, **arrays).values(), function.call(params, *arrays.values()), strict=True
         ):
             close(one, other, function.name)
+    np.save(tmp_path / "pixels.npy", pixels(2))
+    done = run_python(["docs/onnx_coca.py", str(tmp_path / "out"), str(tmp_path / "pixels.npy")], devices=1)
+    features = np.array([line.split() for line in done.stdout.splitlines()], np.float32)
+    close(features, model("encode_image", images=pixels(2))["image_features"], "the example")
+    with pytest.raises(SystemExit, match=r"without captions \(lambda_cap=0\): it has encode_image, encode_text"):
+        model.caption(pixels(2))
     data = tmp_path / "out" / "text.onnx.data"
     data.write_bytes(data.read_bytes()[:-4])
     done = run_python(["docs/onnx_coca.py", str(tmp_path / "out"), "x.npy"], devices=1, check=False)
@@ -138,6 +144,8 @@ def test_a_bfloat16_model_computes_in_float32_and_captions_alone_have_no_text_to
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("image.onnx", "manifest.json", "prefill.onnx", "step.onnx")
     ]
+    with pytest.raises(SystemExit, match="out came without its tokenizer: export it again"):
+        runpy.run_path("docs/onnx_coca.py")["Model"](str(tmp_path / "out")).caption(pixels(2))
     (image, *_) = functions.functions(w, dtype="float32")
     params = {path: x.astype(np.float32) for path, x in functions.flat_parameters(w).items()}
     session = onnxruntime.InferenceSession(tmp_path / "out" / "image.onnx", providers=["CPUExecutionProvider"])
