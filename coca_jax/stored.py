@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -41,9 +42,11 @@ def read_weights(
 
     Raises:
       CheckpointError: a workdir holds no such step, or does not fit its own configuration; or the path is an address
-        that is not read here.
+        that is not read here; or the step is no number of one.
       ConversionError: the path holds no model, a part is missing or damaged, or the parts do not fit together.
     """
+    if step is not None and not isinstance(step, int | np.integer):  # digits in text would be looked for in vain
+        raise checkpoint.CheckpointError(f"step={step!r} must be a whole number (None: the newest)")
     path = checkpoint.reachable(path)
     is_ours = exported.is_exported(path)
     if is_ours or (path / "checkpoints").is_dir():

@@ -13,6 +13,7 @@ import coca_jax
 from coca_jax.config import ConfigError
 from coca_jax.interop import exported
 from coca_jax.interop.weights import Weights
+from coca_jax.train.checkpoint import CheckpointError
 from tests import pairs, tiny
 
 
@@ -52,3 +53,10 @@ def test_pictures_come_in_whatever_holds_them(model: pathlib.Path, tmp_path: pat
 def test_a_picture_size_that_is_none_is_refused(model: pathlib.Path, image_size: Any) -> None:
     with pytest.raises(ConfigError, match=f"image_size={image_size!r} must be a whole number above 0"):
         coca_jax.load(model, image_size=image_size)
+
+
+@pytest.mark.parametrize("step", ["12", 12.0])
+def test_a_step_that_is_no_number_of_one_is_refused(tmp_path: pathlib.Path, step: Any) -> None:
+    (tmp_path / "checkpoints" / "12").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=f"step={step!r} must be a whole number"):
+        coca_jax.load(tmp_path, step=step)
