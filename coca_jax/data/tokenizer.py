@@ -14,7 +14,7 @@ from etils import epath
 
 from coca_jax import config
 from coca_jax.data import addresses, vocabulary
-from coca_jax.data.records import DataError
+from coca_jax.data.records import DataError, check_unicode
 
 # Of the vocabularies trained here. A model from elsewhere keeps its own, read from the file.
 PAD_ID, EOS_ID, BOS_ID, UNK_ID = 0, 1, 2, 3
@@ -63,6 +63,9 @@ class Tokenizer:
           rng: for sampling.
           sampling: 0: the likeliest pieces; above: pieces are drawn, the more freely the nearer it is to 0 (alpha of
             Kudo 2018, arXiv:1804.10959). SentencePiece alone.
+
+        Raises:
+          BadExample: the text holds half of a surrogate pair, which the vocabulary cannot read.
         """
         if length < 3:
             raise ValueError(f"length={length} must hold bos, a token and eos: 3 or more")
@@ -70,7 +73,7 @@ class Tokenizer:
             assert rng is not None
             pieces = self._vocabulary.sample(text, rng, sampling)[: length - 2]
         else:
-            pieces = self._vocabulary.encode(text)[: length - 2]
+            pieces = self._pieces(text)[: length - 2]
         # np.pad would take several times as long as the encoding itself.
         ids = np.full(length, self.pad_id, np.int32)
         ids[0] = self.bos_id
@@ -78,9 +81,17 @@ class Tokenizer:
         ids[len(pieces) + 1] = self.eos_id
         return ids
 
+    def _pieces(self, text: str) -> list[int]:
+        try:
+            return self._vocabulary.encode(text)
+        except Exception:  # each library has its own; most texts are right, and only a wrong one is looked at twice
+            if isinstance(text, str):
+                check_unicode([text], "a text for the tokenizer")
+            raise
+
     def encode_prompts(self, texts: Sequence[str]) -> np.ndarray:
         """Beginnings of captions, int32 `[b, p]`: bos, pieces, padding, as long as the longest. Empty ones are bos."""
-        pieces = [[self.bos_id, *self._vocabulary.encode(text)] for text in texts]
+        pieces = [[self.bos_id, *self._pieces(text)] for text in texts]
         longest = max(map(len, pieces), default=1)
         rows = [row + [self.pad_id] * (longest - len(row)) for row in pieces]
         return np.array(rows, np.int32).reshape(len(rows), longest)

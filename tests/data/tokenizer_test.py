@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 
 import numpy as np
 import pytest
 import sentencepiece
 
-from coca_jax.data.records import DataError
+from coca_jax.data.records import BadExample, DataError
 from coca_jax.data.tokenizer import Tokenizer
 
 CAPTIONS = [
@@ -60,6 +61,14 @@ def test_length_must_hold_a_token(tokenizer):
 def test_empty_text(tokenizer):
     assert tokenizer.encode("", 5).tolist() == [2, 1, 0, 0, 0]
     assert tokenizer.decode([2, 1, 0, 0, 0]) == ""
+
+
+@pytest.mark.parametrize("wrong", ["\udcff", "a man \ud83d", "\ude42\ud83d"])
+def test_half_of_a_surrogate_pair_is_refused_with_its_text(tokenizer, wrong):
+    for encode in (lambda texts: tokenizer.encode_batch(texts, 24), tokenizer.encode_prompts):
+        assert len(encode(["a man", "🙂"])) == 2
+        with pytest.raises(BadExample, match=re.escape(f"{wrong!r} is not Unicode: surrogates not allowed")):
+            encode(["a man", wrong])
 
 
 def test_decode_stops_at_the_first_eos_and_drops_what_is_no_text(tokenizer):
