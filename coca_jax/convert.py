@@ -35,7 +35,7 @@ _TO = flags.DEFINE_enum("to", "coca_jax", FORMATS, "What is written.")
 _STEP = flags.DEFINE_integer("step", None, "Of a workdir: which checkpoint. The newest if left out.", lower_bound=0)
 _NAME = flags.DEFINE_string("name", "", "Of open_clip weights without a configuration: the model, e.g. coca_ViT-L-14.")
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", "", "Of open_clip weights: file of the vocabulary where it is not beside them; none: go without."
+    "tokenizer", "", "Of weights that came without (open_clip's): file of the vocabulary; none: go without."
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what is at --output.")
 

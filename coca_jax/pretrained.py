@@ -296,7 +296,10 @@ class Pretrained:
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError("this model came without its tokenizer: load it with tokenizer=PATH")
+            raise ValueError(
+                "this model came without its tokenizer: load it with tokenizer=PATH, or convert it first, with "
+                "python -m coca_jax.convert --tokenizer=PATH"
+            )
         return self.tokenizer
 
 

@@ -35,7 +35,8 @@ def read_weights(
       path: a workdir (config.json, tokenizer.model, checkpoints/), a directory of `coca_jax.convert` (coca_jax.json,
         model.safetensors), or open_clip's: a directory in the Hugging Face layout or a file of weights alone.
       step: of a workdir, which checkpoint; None for the newest.
-      tokenizer: file of the vocabulary of open_clip weights that come without, or `none`.
+      tokenizer: file of the vocabulary of weights that come without (open_clip's, or a directory that was written of
+        such), or `none`.
       name: open_clip's of the model where weights alone do not tell, e.g. coca_ViT-L-14.
       mesh: on which the parameters of a workdir are put as a training would; None: all on one device. Of other
         directories they come as host arrays.
@@ -50,11 +51,12 @@ def read_weights(
     path = checkpoint.reachable(path)
     is_ours = exported.is_exported(path)
     if is_ours or (path / "checkpoints").is_dir():
-        given = {"tokenizer": tokenizer, "name": name} | ({"step": step} if is_ours else {})
+        lacks = is_ours and exported.lacks_tokenizer(path)
+        given = {"name": name} | ({"step": step} if is_ours else {}) | ({} if lacks else {"tokenizer": tokenizer})
         for argument, value in given.items():
             if value not in ("", None):
                 raise ConversionError(f"{argument}={value!r} says nothing of {path}, which holds its own: leave it out")
-        return exported.read(path) if is_ours else _read_workdir(path, step, mesh)
+        return exported.read(path, tokenizer=tokenizer) if is_ours else _read_workdir(path, step, mesh)
     if step is not None:
         raise ConversionError(f"step={step} is of workdirs, and {path} is none: leave it out")
     if not path.exists():

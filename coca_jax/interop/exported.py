@@ -10,6 +10,7 @@ docs/checkpoints.md describes the format. A directory of an earlier version keep
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import jax.numpy as jnp
@@ -81,8 +82,17 @@ def is_exported(folder: epath.PathLike) -> bool:
     return (epath.Path(folder) / CONFIG_FILE).is_file()
 
 
-def read(folder: epath.PathLike) -> Weights:
+def lacks_tokenizer(folder: epath.PathLike) -> bool:
+    """Whether it was written without one, of weights that had none."""
+    return folders.read_json(epath.Path(folder) / CONFIG_FILE).get("tokenizer", "") is None
+
+
+def read(folder: epath.PathLike, *, tokenizer: epath.PathLike = "") -> Weights:
     """Reads the directory, of this or an earlier version; every file is checked against its sum.
+
+    Args:
+      folder: as `write` wrote it.
+      tokenizer: file of the vocabulary where `lacks_tokenizer`; empty or `none`: go without.
 
     Raises:
       ConversionError: it is of a later version, damaged, or its parts do not fit together; every reason is listed.
@@ -97,14 +107,14 @@ def read(folder: epath.PathLike) -> Weights:
         raise ConversionError(f"{path} is of version {version}, and this coca_jax reads up to {VERSION}: update it")
     try:
         c = _config(path, values, version)
-        tokenizer = _tokenizer(folder, values["tokenizer"], c)
+        found = _tokenizer(folder, values["tokenizer"], c, tokenizer)
         flat = _tensors(folder, values["weights"], c)
         step = int(values["step"])
     except ConversionError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ConversionError(f"{path} lacks a part or has another in its place: {error}") from error
-    return Weights(c, traverse_util.unflatten_dict(flat, sep="/"), tokenizer, step)
+    return Weights(c, traverse_util.unflatten_dict(flat, sep="/"), found, step)
 
 
 def _written_keys() -> list[str]:
@@ -145,15 +155,20 @@ def _config(path: epath.Path, values: dict[str, Any], version: int) -> config.Co
     return c
 
 
-def _tokenizer(folder: epath.Path, described: dict[str, Any] | None, c: config.Config) -> Tokenizer | None:
-    if described is None:
+def _tokenizer(
+    folder: epath.Path, described: dict[str, Any] | None, c: config.Config, given: epath.PathLike
+) -> Tokenizer | None:
+    if described is None and os.fspath(given) in ("", "none"):
         return None
-    file = _verified(folder, described)
+    file = epath.Path(given) if described is None else _verified(folder, described)
     try:
         tokenizer = Tokenizer(file)
         tokenizer.check(c.model.text)
     except (DataError, config.ConfigError) as error:
-        raise ConversionError(f"{folder}: its tokenizer cannot be used: {error}") from error
+        whose = f"tokenizer={os.fspath(given)}" if described is None else "its tokenizer"
+        raise ConversionError(f"{folder}: {whose} cannot be used: {error}") from error
+    if described is None:
+        return tokenizer
     wrong = {key: described[key] for key in ("vocab_size", "pad_id", "bos_id", "eos_id")}
     if differences := [f"{k}={getattr(tokenizer, k)}, not {v}" for k, v in wrong.items() if getattr(tokenizer, k) != v]:
         raise ConversionError(f"{file} is not the tokenizer of {CONFIG_FILE}:", differences)

@@ -132,8 +132,23 @@ def test_a_model_without_a_tokenizer(tmp_path: pathlib.Path) -> None:
     assert coca.encode_image(pairs.picture("red", "dot")).shape == (1, 8)
     with pytest.raises(ValueError, match="without its tokenizer"):
         coca.encode_text("a red dot")
-    with pytest.raises(ValueError, match="without its tokenizer"):
+    with pytest.raises(ValueError, match=r"without its tokenizer.* python -m coca_jax\.convert --tokenizer=PATH"):
         coca.caption(pairs.picture("red", "dot"))
+
+
+def test_a_tokenizer_is_given_to_a_model_without_one(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
+    exported.write(weights(MODEL, None), tmp_path / "out")
+    tokenizer.save(tmp_path / "given.model")
+    coca = coca_jax.load(tmp_path / "out", tokenizer=tmp_path / "given.model")
+    exported.write(weights(MODEL, tokenizer), tmp_path / "whole")
+    whole = coca_jax.load(tmp_path / "whole")
+    np.testing.assert_array_equal(coca.encode_text("a red dot"), whole.encode_text("a red dot"))
+    assert coca_jax.load(tmp_path / "out", tokenizer="none").tokenizer is None
+    (tmp_path / "other").write_text("no vocabulary")
+    with pytest.raises(ConversionError, match="tokenizer=.*other cannot be used: .*SentencePiece"):
+        coca_jax.load(tmp_path / "out", tokenizer=tmp_path / "other")
+    with pytest.raises(ConversionError, match="which holds its own: leave it out"):
+        coca_jax.load(tmp_path / "whole", tokenizer=tmp_path / "given.model")
 
 
 def test_load_opens_it(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
