@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from coca_jax import commandline, compiler
 
@@ -53,12 +53,13 @@ def main(argv: list[str]) -> None:
     }
     compiler.setup()
     commandline.quiet()
-    from coca_jax import pictures, pretrained
-    from coca_jax.config import ConfigError
-    from coca_jax.data.records import DataError
-    from coca_jax.generate import Options
-    from coca_jax.interop.weights import ConversionError
-    from coca_jax.train.checkpoint import CheckpointError
+    with commandline.starting():
+        from coca_jax import pictures, pretrained
+        from coca_jax.config import ConfigError
+        from coca_jax.data.records import DataError
+        from coca_jax.generate import Options
+        from coca_jax.interop.weights import ConversionError
+        from coca_jax.train.checkpoint import CheckpointError
 
     try:
         pictures.open_rows(_OUTPUT.value)
@@ -86,8 +87,8 @@ def main(argv: list[str]) -> None:
     except (DataError, ConversionError, CheckpointError, ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(pictures.STOPPED)
+        sys.exit(commandline.stopped(pictures.STOPPED))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=commandline.parse)
+    commandline.run(main)

@@ -15,7 +15,7 @@ import os
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from coca_jax import commandline
 
@@ -37,15 +37,16 @@ def main(argv: list[str]) -> None:
         for name in folders:
             bad += _folder(name, verify=command == "verify", step=_STEP.value)
     except KeyboardInterrupt:
-        sys.exit("stopped: not everything was looked at")
+        sys.exit(commandline.stopped("stopped: not everything was looked at"))
     sys.exit(1 if bad else 0)
 
 
 def _folder(name: str, *, verify: bool, step: int | None = None) -> int:
     """Prints what there is to say of a workdir, of one step or of all; how many things are wrong."""
-    from coca_jax.train.checkpoint import CheckpointError, reachable
-    from coca_jax.train.checkpoint.folder import Folder
-    from coca_jax.train.checkpoint.paths import FOLDER
+    with commandline.starting():
+        from coca_jax.train.checkpoint import CheckpointError, reachable
+        from coca_jax.train.checkpoint.folder import Folder
+        from coca_jax.train.checkpoint.paths import FOLDER
 
     try:
         path = reachable(name)
@@ -104,7 +105,7 @@ def _reason(folder: Any) -> str:
 
 def cli() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's notes to itself
-    app.run(main, flags_parser=commandline.parse)
+    commandline.run(main)
 
 
 if __name__ == "__main__":

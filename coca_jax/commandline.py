@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import logging as std_logging
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 
-from absl import flags, logging
+from absl import app, flags, logging
 
 from coca_jax import config
 
 # Not the name alone: a clone is called coca_jax too, and its .venv, with all libraries, lies inside.
 _PACKAGE = os.path.join(os.path.dirname(__file__), "")
+_INTERRUPTED = 130  # as a shell has it of what Ctrl-C has ended
 _KEYS = {field.name for field in dataclasses.fields(config.Config)}
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Reads the flags, and calls `main` with the other arguments; Ctrl-C, where `main` does not hear it, is a line."""
+    try:
+        app.run(main, flags_parser=parse)
+    except KeyboardInterrupt:
+        sys.exit(stopped())
+
+
+def stopped(said: str = "stopped") -> int:
+    """Says that Ctrl-C has ended the program; what it exits with."""
+    print(said, file=sys.stderr)
+    return _INTERRUPTED
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Around the import of JAX and all that imports it, before anything is done: Ctrl-C ends the process at once.
+
+    As an exception it would come up inside of JAX, which drops it where garbage is collected (the program went on), and
+    crashes where its libraries are half loaded.
+    """
+
+    def end(*_: object) -> None:
+        os.write(2, b"stopped\n")
+        os._exit(_INTERRUPTED)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # else it is ignored, as in a shell's background, or somebody else's
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def parse(argv: list[str]) -> list[str]:

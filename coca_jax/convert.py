@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from coca_jax import commandline, compiler
 
@@ -53,10 +53,11 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: --input={_INPUT.value} lies in --output={_OUTPUT.value}: name another folder")
     compiler.setup()
     commandline.quiet()
-    from coca_jax.config import ConfigError
-    from coca_jax.data.records import DataError
-    from coca_jax.interop.weights import ConversionError
-    from coca_jax.train.checkpoint import CheckpointError
+    with commandline.starting():
+        from coca_jax.config import ConfigError
+        from coca_jax.data.records import DataError
+        from coca_jax.interop.weights import ConversionError
+        from coca_jax.train.checkpoint import CheckpointError
 
     try:
         _convert()
@@ -64,16 +65,18 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         left = "may be there in part: write it again with --overwrite" if "://" in _OUTPUT.value else "is as it was"
-        sys.exit(f"stopped: {_OUTPUT.value} {left}")
+        sys.exit(commandline.stopped(f"stopped: {_OUTPUT.value} {left}"))
 
 
 def _convert() -> None:
-    import jax
-    import numpy as np
+    started = time.monotonic()
+    with commandline.starting():
+        import jax
+        import numpy as np
 
-    from coca_jax.stored import read_weights
+        from coca_jax.stored import read_weights
 
-    started, write = time.monotonic(), _writer(_TO.value)
+        write = _writer(_TO.value)
     weights = read_weights(_INPUT.value, step=_STEP.value, tokenizer=_TOKENIZER.value, name=_NAME.value)
     model, tokenizer = weights.config.model, weights.tokenizer
     count = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(weights.params))
@@ -120,7 +123,7 @@ def _listing(folder: str) -> list[str]:
 
 
 def cli() -> None:
-    app.run(main, flags_parser=commandline.parse)
+    commandline.run(main)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import flags
 
 from coca_jax import commandline, compiler
 
@@ -31,13 +31,14 @@ def main(argv: list[str]) -> None:
         sys.exit("error: name pictures or folders of pictures, or give --texts=FILE, one of the two")
     compiler.setup()
     commandline.quiet()
-    from tqdm import tqdm
+    with commandline.starting():
+        from tqdm import tqdm
 
-    from coca_jax import pictures, pretrained
-    from coca_jax.config import ConfigError
-    from coca_jax.data.records import DataError
-    from coca_jax.interop.weights import ConversionError
-    from coca_jax.train.checkpoint import CheckpointError
+        from coca_jax import pictures, pretrained
+        from coca_jax.config import ConfigError
+        from coca_jax.data.records import DataError
+        from coca_jax.interop.weights import ConversionError
+        from coca_jax.train.checkpoint import CheckpointError
 
     try:
         rows = pictures.open_rows(_OUTPUT.value, "text" if _TEXTS.value else "path")
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
     except (DataError, ConversionError, CheckpointError, ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(pictures.STOPPED)
+        sys.exit(commandline.stopped(pictures.STOPPED))
 
 
 def _lines(path: str) -> list[str]:
@@ -83,4 +84,4 @@ def _lines(path: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=commandline.parse)
+    commandline.run(main)

@@ -64,7 +64,7 @@ def run(
     except (ConfigError, CheckpointError, ConversionError, distributed.DistributedError, ValueError, OSError) as error:
         return distributed.leave(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        return distributed.leave("stopped: the same command goes on from here")
+        return commandline.stopped(distributed.leave("stopped: the same command goes on from here"))
 
 
 def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step: int | None) -> int:

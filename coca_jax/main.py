@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from coca_jax import commandline, compiler, config
@@ -46,7 +46,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache as soon as it is imported
     compiler.setup()  # before JAX is loaded, which reads it
-    from coca_jax import run  # after the flags: --help must not wait for JAX
+    with commandline.starting():
+        from coca_jax import run  # after the flags: --help must not wait for JAX
 
     processes = {f"--{flag.name}": flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
     sys.exit(
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
 
 def cli() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's notes to itself
-    app.run(main, flags_parser=commandline.parse)
+    commandline.run(main)
 
 
 if __name__ == "__main__":

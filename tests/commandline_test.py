@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from absl import logging as absl_logging
@@ -45,3 +48,70 @@ def test_a_terminal_without_the_letters_ends_nothing(tmp_path: pathlib.Path, enc
     said = done.stdout.decode(encoding)
     assert done.returncode == 0 and "UnicodeEncodeError" not in done.stderr.decode(encoding), done
     assert ("一 dot é" if encoding == "utf-8" else r"\u4e00 dot") in said
+
+
+# Run where the first import of JAX is the moment at which Ctrl-C is pressed; JAX drops it, as its own callbacks do.
+PRESSED = """
+import importlib.abc, os, runpy, signal, sys
+
+class Pressing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "{last}":
+            sys.meta_path.remove(self)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                for _ in range(1000):
+                    pass
+            except KeyboardInterrupt:
+                pass
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background has ignored
+sys.meta_path.insert(0, Pressing())
+sys.argv = {arguments!r}
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "last"),
+    [
+        (["coca_jax.main", "--config=configs/debug.py", "--workdir={here}/run"], "jax"),
+        (["coca_jax.caption", "{here}", "--checkpoint={here}/no", "--output={here}/o.jsonl"], "jax"),
+        (["coca_jax.embed", "{here}", "--checkpoint={here}/no", "--output={here}/o.jsonl"], "jax"),
+        (["coca_jax.evaluate", "--checkpoint={here}/no", "--output={here}/out"], "jax"),
+        (["coca_jax.convert", "--input={here}/no", "--output={here}/out"], "jax"),
+        (["coca_jax.convert", "--input={here}/no", "--output={here}/out"], "coca_jax.stored"),
+        (["coca_jax.checkpoint", "list", "{here}"], "jax"),
+        pytest.param(
+            *(["coca_jax.demo", "--checkpoint={here}/no"], "jax"),
+            marks=pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="the demo needs gradio"),
+        ),
+    ],
+)
+def test_ctrl_c_while_libraries_are_loaded_is_a_line(
+    tmp_path: pathlib.Path, run_python: Callable[..., Any], arguments: list[str], last: str
+) -> None:
+    filled = [argument.format(here=tmp_path) for argument in arguments]
+    done = run_python(["-c", PRESSED.format(last=last, arguments=filled)], devices=1, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored_and_is_heard_again_afterwards(run_python: Callable[..., Any]) -> None:
+    program = """
+        import os, signal, sys
+        from coca_jax import commandline
+
+        for handler in (signal.SIG_IGN, signal.default_int_handler):
+            signal.signal(signal.SIGINT, handler)
+            with commandline.starting():
+                if handler == signal.SIG_IGN:
+                    os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is handler
+
+        def main(argv):
+            os.kill(os.getpid(), signal.SIGINT)
+
+        commandline.run(main)
+    """
+    done = run_python(program, devices=1, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")

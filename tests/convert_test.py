@@ -41,19 +41,22 @@ def test_wrong_arguments_get_one_line(
 
 
 @pytest.mark.parametrize(
-    ("raised", "output", "said"),
+    ("raised", "output", "code", "said"),
     [
-        ("KeyboardInterrupt", "out", "stopped: out is as it was"),
-        ("KeyboardInterrupt", "gs://b/out", "stopped: gs://b/out may be there in part: write it again with"),
+        ("KeyboardInterrupt", "out", 130, "stopped: out is as it was"),
+        ("KeyboardInterrupt", "gs://b/out", 130, "stopped: gs://b/out may be there in part: write it again with"),
         (
             "PermissionError(13, 'Permission denied', 'weights')",
             "out",
+            1,
             "error: [Errno 13] Permission denied: 'weights'",
         ),
     ],
 )
-def test_an_end_before_the_end_is_said(run_python: Callable[..., Any], raised: str, output: str, said: str) -> None:
-    code = f"""
+def test_an_end_before_the_end_is_said(
+    run_python: Callable[..., Any], raised: str, output: str, code: int, said: str
+) -> None:
+    program = f"""
         import sys
         from coca_jax import convert
 
@@ -64,8 +67,8 @@ def test_an_end_before_the_end_is_said(run_python: Callable[..., Any], raised: s
         sys.argv = ["convert", "--input=in", "--output={output}"]
         convert.cli()
     """
-    done = run_python(code, devices=1, check=False)
-    assert done.returncode == 1 and done.stderr.startswith(said), done.stderr
+    done = run_python(program, devices=1, check=False)
+    assert done.returncode == code and done.stderr.startswith(said), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 
-from absl import app, flags
+from absl import flags
 
 from coca_jax import commandline, compiler
 
@@ -45,12 +45,13 @@ def main(argv: list[str]) -> None:
         sys.exit('error: gradio is not installed, which the page is made with: pip install "coca_jax[demo]"')
     compiler.setup()
     commandline.quiet()
-    from coca_jax import pretrained
-    from coca_jax.config import ConfigError
-    from coca_jax.data.records import DataError
-    from coca_jax.demo import answers, page
-    from coca_jax.interop.weights import ConversionError
-    from coca_jax.train.checkpoint import CheckpointError
+    with commandline.starting():
+        from coca_jax import pretrained
+        from coca_jax.config import ConfigError
+        from coca_jax.data.records import DataError
+        from coca_jax.demo import answers, page
+        from coca_jax.interop.weights import ConversionError
+        from coca_jax.train.checkpoint import CheckpointError
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that temporary folders are removed
     try:
@@ -80,4 +81,4 @@ def _ready(host: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=commandline.parse)
+    commandline.run(main)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from coca_jax import commandline, compiler, config
@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
         except config.ConfigError as error:
             sys.exit(f"error: {error}")
     compiler.setup()
-    from coca_jax import evaluation
+    with commandline.starting():
+        from coca_jax import evaluation
 
     processes = {f"--{flag.name}": flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
     done = evaluation.run(
@@ -57,4 +58,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's notes to itself
-    app.run(main, flags_parser=commandline.parse)
+    commandline.run(main)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 
 import tqdm
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from coca_jax import commandline, config
@@ -108,4 +108,4 @@ def _plan(c: config.Config, topology: topologies.Topology, tick: Callable[[], ob
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    app.run(main, flags_parser=commandline.parse)
+    commandline.run(main)

@@ -145,7 +145,7 @@ def test_a_tokenizer_is_given_to_a_model_without_one(tmp_path: pathlib.Path, tok
     np.testing.assert_array_equal(coca.encode_text("a red dot"), whole.encode_text("a red dot"))
     assert coca_jax.load(tmp_path / "out", tokenizer="none").tokenizer is None
     (tmp_path / "other").write_text("no vocabulary")
-    with pytest.raises(ConversionError, match="tokenizer=.*other cannot be used: .*SentencePiece"):
+    with pytest.raises(ConversionError, match=r"tokenizer=.*other cannot be used: .*SentencePiece"):
         coca_jax.load(tmp_path / "out", tokenizer=tmp_path / "other")
     with pytest.raises(ConversionError, match="which holds its own: leave it out"):
         coca_jax.load(tmp_path / "whole", tokenizer=tmp_path / "given.model")
