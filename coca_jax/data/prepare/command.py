@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from coca_jax.data.prepare import emoji_set, page
 from coca_jax.data.prepare.beam import RUNNERS
@@ -56,13 +59,26 @@ def _command_first(argv: Sequence[str]) -> list[str]:
     return list(argv)
 
 
+class _Command(argparse.ArgumentParser):
+    """Says that a flag is unknown before it says what is missing, which may be what was mistyped."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known = [name for action in self._actions for name in action.option_strings]
+        for argument in itertools.takewhile(lambda one: one != "--", args or ()):
+            name = argument.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                near = "".join(f": did you mean {other}?" for other in difflib.get_close_matches(name, known, 1))
+                self.error(f"unknown flag {name}{near}")
+        return super().parse_known_args(args, namespace)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m coca_jax.data.prepare",
         description="Converts, checks and describes data sets of pictures with captions.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
     _add_convert(commands)
     _add_describe(commands)
     emoji_set.add_parser(commands)

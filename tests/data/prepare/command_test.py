@@ -108,6 +108,7 @@ def test_as_a_command(mixed, tmp_path):
         (["convert", "--source={mixed}", "--out={out}", "--name=a/b"], "--name=a/b"),
         (["describe", "array_record:/no/such"], "no file matches"),
         (["describe", "tfrecord:/no/such"], "no file matches"),
+        (["describe", "--", "--surce"], "source '--surce'"),  # no flag behind the two lines
         (["describe", "{mixed}", "--tokenizer=/no/such"], "no such file"),
     ],
 )
@@ -128,7 +129,10 @@ def test_data_errors_are_one_line(mixed, tmp_path, capsys, arguments, said):
         (["convert", "--source=a", "--out=b", "--quality=101"], "101 is not 1 to 100"),
         (["convert", "--source=a", "--out=b", "--records_per_shard=0"], "0 is not 1 or more"),
         (["convert", "--source=a", "--out=b", "--runner=Spark"], "invalid choice"),
-        (["convert", "--source=a", "--out=b", "--worker=3"], "unrecognized arguments"),
+        (["convert", "--source=a", "--out=b", "--worker=3"], "error: unknown flag --worker: did you mean --workers?"),
+        (["convert", "--surce=a", "--out=b"], "error: unknown flag --surce: did you mean --source?"),
+        (["describe", "--surce", "a"], "error: unknown flag --surce: did you mean --source?"),
+        (["convert", "--out=b", "--zzz"], "error: unknown flag --zzz\n"),
         (["describe"], "SPEC"),
         (["--describe"], "SPEC"),
         (["describe", "a", "--source=b"], "not allowed with"),
