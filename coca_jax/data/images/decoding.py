@@ -151,8 +151,12 @@ def from_pillow(image: PIL.Image.Image, background: Sequence[int] = _WHITE) -> n
 def _from_pillow(image: PIL.Image.Image, background: Sequence[int]) -> np.ndarray:
     """uint8 `[h, w, 3]`, as stored."""
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
-        values = np.asarray(image)  # uint16 or int32
-        grey = np.clip(values >> 8, 0, 255).astype(np.uint8)
+        values = np.asarray(image)  # uint16, or int32 of mode "I"
+        low, high = int(values.min()), int(values.max())
+        # Mode "I" holds 16 bits of most files. Of 8 (a convert("I")) they would all be black, of 32 nearly all white.
+        if image.mode == "I" and (low < 0 or 0 < high < 256 or high > 65_535):
+            raise ValueError(f"integers of 32 bits, {low} to {high}, of which nobody says what is white")
+        grey = (values >> 8).astype(np.uint8)
         pixels = np.repeat(grey[:, :, None], 3, axis=2)
         if isinstance(clear := image.info.get("transparency"), int):
             pixels[values == clear] = background

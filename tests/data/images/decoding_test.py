@@ -13,7 +13,7 @@ import PIL.ImageFile
 import pytest
 
 from coca_jax.data import images
-from coca_jax.data.images.decoding import Encoded
+from coca_jax.data.images.decoding import Encoded, from_pillow
 from coca_jax.data.records import BadExample
 from tests.data.images.pictures import detailed, photo, png, reference, save, turned
 
@@ -165,6 +165,21 @@ def test_sixteen_bits_of_grey():
         np.testing.assert_array_equal(decoded, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
     clear = png(8, 8, 16, 0, grey.astype(">u2").reshape(8, -1).tobytes(), tRNS=struct.pack(">H", int(grey[2, 3])))
     np.testing.assert_array_equal(images.decode(clear, (9, 8, 7))[2, 3], (9, 8, 7))
+
+
+@pytest.mark.parametrize("high, is_read", [(0, True), (255, False), (256, True), (65_535, True), (65_536, False)])
+def test_integers_of_32_bits_are_read_where_they_are_16(high, is_read):
+    grey = np.linspace(0, high, 64).reshape(8, 8).astype(np.int32)
+    image = PIL.Image.fromarray(grey)
+    assert image.mode == "I"
+    for read in (lambda: images.decode(save(image, "TIFF")), lambda: from_pillow(image)):
+        if is_read:
+            np.testing.assert_array_equal(read(), np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+        else:
+            with pytest.raises(BadExample, match=f"integers of 32 bits, 0 to {high}, of which nobody says"):
+                read()
+    with pytest.raises(BadExample, match="integers of 32 bits, -9 to "):
+        from_pillow(PIL.Image.fromarray(grey - 9))
 
 
 @pytest.mark.parametrize("channels, color_type", [(3, 2), (2, 4), (4, 6)])
