@@ -67,15 +67,13 @@ def main(argv: list[str]) -> None:
         coca = pretrained.load(_CHECKPOINT.value)
         Options(**options).check(coca.config.model.text.length)
         how = options | {"prompt": _PROMPT.value, "rerank": _RERANK.value, "seed": _SEED.value}
-        model = {"checkpoint": _CHECKPOINT.value, "step": coca.step, "model": coca.digest()}
-        pictures.keep_settings(_OUTPUT.value, model | how)
 
         def compute(pixels: np.ndarray, numbers: list[int]) -> list[dict[str, Any]]:
             found = coca.caption_pixels(pixels, numbers=numbers, batch_size=_BATCH_SIZE.value, **how)
             return [{"captions": [dataclasses.asdict(caption) for caption in captions]} for captions in found]
 
-        print(
-            pictures.run(
+        with pictures.begun(_OUTPUT.value, _CHECKPOINT.value, coca, **how):
+            said = pictures.run(
                 paths,
                 coca.preprocessor,
                 compute,
@@ -83,7 +81,7 @@ def main(argv: list[str]) -> None:
                 batch_size=_BATCH_SIZE.value,
                 description="captions",
             )
-        )
+        print(said)
     except (DataError, ConversionError, CheckpointError, ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

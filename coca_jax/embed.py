@@ -32,8 +32,6 @@ def main(argv: list[str]) -> None:
     compiler.setup()
     commandline.quiet()
     with commandline.starting():
-        from tqdm import tqdm
-
         from coca_jax import pictures, pretrained
         from coca_jax.config import ConfigError
         from coca_jax.data.records import DataError
@@ -41,28 +39,18 @@ def main(argv: list[str]) -> None:
         from coca_jax.train.checkpoint import CheckpointError
 
     try:
-        rows = pictures.open_rows(_OUTPUT.value, "text" if _TEXTS.value else "path")
+        pictures.open_rows(_OUTPUT.value)
         texts = _lines(_TEXTS.value) if _TEXTS.value else None
         paths = pictures.find(argv[1:]) if texts is None else []
         coca = pretrained.load(_CHECKPOINT.value)
         if coca.config.model.bridge.stage == 1 and _OUTPUT.value.endswith(".parquet") and texts is None:
             raise ValueError(f"--output={_OUTPUT.value}: a bridge gives a picture several features: name a .jsonl file")
-        model = {"checkpoint": _CHECKPOINT.value, "step": coca.step, "model": coca.digest()}
-        pictures.keep_settings(_OUTPUT.value, model | {"texts": _TEXTS.value})
-        if texts is None:
-            print(pictures.embed(paths, coca, _OUTPUT.value, batch_size=_BATCH_SIZE.value))
-            return
-        known = rows.done()
-        new = [text for text in texts if text not in known]
-        done = len(texts) - len(new)
-        with tqdm(total=len(texts), initial=done, desc="features", unit="text", disable=None) as bar:
-            for start in range(0, len(new), _BATCH_SIZE.value):
-                part = new[start : start + _BATCH_SIZE.value]
-                features = coca.encode_text(part, batch_size=_BATCH_SIZE.value)
-                kept = pictures.as_rows(features, _OUTPUT.value)
-                rows.add([{"text": text} | row for text, row in zip(part, kept, strict=True)])
-                bar.update(len(part))
-        print(f"{len(new)} texts{f', {done} were there already' if done else ''}: {_OUTPUT.value}")
+        with pictures.begun(_OUTPUT.value, _CHECKPOINT.value, coca, texts=_TEXTS.value):
+            if texts is None:
+                said = pictures.embed(paths, coca, _OUTPUT.value, batch_size=_BATCH_SIZE.value)
+            else:
+                said = pictures.embed_texts(texts, coca, _OUTPUT.value, batch_size=_BATCH_SIZE.value)
+        print(said)
     except (DataError, ConversionError, CheckpointError, ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from etils import epath
 from tqdm import tqdm
 
 from coca_jax.data import addresses
+from coca_jax.data.alone import alone
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.records import DataError
 from coca_jax.data.sources.base import IMAGE_EXTENSIONS
@@ -62,7 +64,7 @@ class Rows(Protocol):
     """A file of results that grows. Rows are flat dictionaries; a key of theirs says what they are of."""
 
     def done(self) -> set[str]:
-        """The keys' values in what it holds already."""
+        """The keys' values in what it holds already. What a killed process left half-written is taken away."""
         ...
 
     def features(self) -> tuple[list[str], np.ndarray]:
@@ -127,14 +129,14 @@ class Parts:
         self._arrow, self._folder, self._key = pyarrow, folder, key
         if folder.exists() and not folder.is_dir():
             raise DataError(f"{folder} is a file: Parquet is written as a folder of parts; name another --output")
-        for left in folder.glob("*.partial"):
-            left.unlink()
         parts = list(folder.glob("part-*.parquet"))
         if other := next((part for part in parts if not re.fullmatch(r"part-[0-9]+\.parquet", part.name)), None):
             raise DataError(f"{other} was not written here: name another --output")
         self._next = 1 + max((int(part.stem.removeprefix("part-")) for part in parts), default=-1)
 
     def done(self) -> set[str]:
+        for left in self._folder.glob("*.partial"):
+            left.unlink()
         return {value for table in self._tables(self._key) for value in table[self._key].to_pylist()}
 
     def features(self) -> tuple[list[str], np.ndarray]:
@@ -235,12 +237,37 @@ def keep_settings(output: str, settings: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+@contextlib.contextmanager
+def begun(output: str, checkpoint: str, coca: Encoder, **settings: Any) -> Iterator[None]:
+    """Around all that is done with an output, `open_rows` of what is written included: one process at a time.
+
+    Args:
+      output: of `open_rows`.
+      checkpoint: what the model was loaded from.
+      coca: the model.
+      **settings: flags by name; they, the checkpoint and the model are kept, see `keep_settings`.
+
+    Raises:
+      DataError: another process is at work there, or it was begun with other settings.
+    """
+    pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with alone(f"{output}.lock", f"{output}: another process is writing there: wait for it, or name another --output"):
+        model = {"checkpoint": checkpoint, "step": coca.step, "model": coca.digest()}
+        keep_settings(output, model | settings)
+        yield
+
+
 class Encoder(Protocol):
-    """What `embed` needs of a model, as `coca_jax.load` opens it."""
+    """What is needed of a model here, as `coca_jax.load` opens it."""
 
     preprocessor: Preprocessor
+    step: int
+
+    def digest(self) -> str: ...
 
     def encode_pixels(self, pixels: np.ndarray, *, batch_size: int) -> np.ndarray: ...
+
+    def encode_text(self, texts: Sequence[str], *, batch_size: int) -> np.ndarray: ...
 
 
 def embed(paths: Sequence[str], coca: Encoder, output: str, *, batch_size: int) -> str:
@@ -250,6 +277,21 @@ def embed(paths: Sequence[str], coca: Encoder, output: str, *, batch_size: int) 
         return as_rows(coca.encode_pixels(pixels, batch_size=batch_size), output)
 
     return run(paths, coca.preprocessor, compute, output, batch_size=batch_size, description="features")
+
+
+def embed_texts(texts: Sequence[str], coca: Encoder, output: str, *, batch_size: int) -> str:
+    """The same of texts, all different, in the columns `text` and `feature`: what is not there yet."""
+    rows = open_rows(output, "text")
+    known = rows.done()
+    new = [text for text in texts if text not in known]
+    done = len(texts) - len(new)
+    with tqdm(total=len(texts), initial=done, desc="features", unit="text", disable=None) as bar:
+        for start in range(0, len(new), batch_size):
+            part = new[start : start + batch_size]
+            kept = as_rows(coca.encode_text(part, batch_size=batch_size), output)
+            rows.add([{"text": text} | row for text, row in zip(part, kept, strict=True)])
+            bar.update(len(part))
+    return f"{len(new)} texts{f', {done} were there already' if done else ''}: {output}"
 
 
 def as_rows(features: np.ndarray, output: str) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ import pytest
 
 import coca_jax
 from coca_jax import config, pictures
+from coca_jax.data.alone import alone
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.records import DataError
 from coca_jax.data.tokenizer import Tokenizer
@@ -275,3 +276,43 @@ def test_a_file_of_something_else_is_not_written_into(tmp_path: pathlib.Path) ->
     (tmp_path / "o.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(DataError, match="is not what was written here"):
         pictures.open_rows(str(tmp_path / "o.jsonl")).done()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_second_process_is_refused_and_does_no_harm(
+    model: pathlib.Path, photos: pathlib.Path, tmp_path: pathlib.Path, run_python: Run, kind: str
+) -> None:
+    out, coca = str(tmp_path / f"o.{kind}"), coca_jax.load(model)
+    command = ["-m", "coca_jax.embed", str(photos), f"--checkpoint={model}", f"--output={out}"]
+    with pictures.begun(out, str(model), coca, texts=""):
+        pictures.open_rows(out).add([{"path": "a", "feature": coca.encode_text("a")[0].tolist()}])
+        half = tmp_path / ("o.jsonl" if kind == "jsonl" else "o.parquet/part-00001.partial")  # that is being written
+        with half.open("ab") as file:
+            file.write(b"half")
+        before = half.read_bytes()
+        done = run_python(command, devices=1, check=False)
+        assert done.returncode == 1 and f"error: {out}: another process is writing there" in done.stderr
+        assert half.read_bytes() == before
+    assert "5 pictures; 1 could not be read" in run_python(command, devices=1).stdout  # what was half-written is gone
+    assert len(pictures.open_rows(out).done()) == 6 and not list(tmp_path.glob("*.lock"))
+
+
+def test_a_lock_is_held_to_the_end_and_by_one(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "lock"
+    with pytest.raises(KeyError), alone(lock, ""):
+        raise KeyError
+    with alone(lock, "the first"):
+        for _ in range(2):  # the refused one takes nothing away
+            with pytest.raises(DataError, match="busy"), alone(lock, "busy"):
+                pass
+    assert not lock.exists()
+
+    def locks(file: Any, _: int) -> None:
+        lock.unlink()  # by one that has just ended
+
+    monkeypatch.setattr("fcntl.flock", locks)
+    with pytest.raises(DataError, match="busy"), alone(lock, "busy"):
+        pass
+    monkeypatch.setattr("fcntl.flock", lambda file, _: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    with alone(lock, "busy"):
+        pass

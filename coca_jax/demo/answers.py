@@ -186,18 +186,17 @@ def open_index(output: str, coca: Pretrained, checkpoint: str, folder: str = "")
       The index, and a line that says what was done.
 
     Raises:
-      DataError: nothing to index, an index of another model, or a damaged one.
+      DataError: nothing to index, an index of another model, a damaged one, or one that another process is writing.
     """
-    rows = pictures.open_rows(output)
+    pictures.open_rows(output)
     paths = pictures.find([folder]) if folder else []
     if not folder and not pathlib.Path(output).exists():
         raise DataError(f"--output={output}: no such index; --pictures=FOLDER makes it")
-    model = {"checkpoint": checkpoint, "step": coca.step, "model": coca.digest()}
-    pictures.keep_settings(output, model | {"texts": ""})
-    done = pictures.embed(paths, coca, output, batch_size=32) if folder else output
     names: list[str] = []
-    if pathlib.Path(output).exists():
-        names, features = rows.features()
+    with pictures.begun(output, checkpoint, coca, texts=""):
+        done = pictures.embed(paths, coca, output, batch_size=32) if folder else output
+        if pathlib.Path(output).exists():
+            names, features = pictures.open_rows(output).features()
     if folder:
         wanted = set(paths)
         kept = [at for at, name in enumerate(names) if name in wanted]

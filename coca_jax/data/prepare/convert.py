@@ -14,6 +14,7 @@ import tqdm
 from etils import epath
 
 from coca_jax.data import addresses
+from coca_jax.data.alone import alone
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.prepare import beam, files, local, shards
 from coca_jax.data.prepare.checking import QUALITY, Dropped
@@ -109,7 +110,7 @@ def convert(
     )
     _begin(plan)
     try:
-        with files.alone(plan.work):
+        with alone(plan.work / "lock", f"{folder}: another conversion is writing there: wait for it, or stop it"):
             if (manifest := _read_json(folder / MANIFEST)) is None:
                 files.sweep(plan.work)
                 files.write_json(plan.work / SETTINGS, plan.settings(), plan.work)

@@ -18,11 +18,6 @@ from coca_jax.data.records import DataError
 from coca_jax.data.sources.base import one_line
 from coca_jax.data.sources.files import is_remote
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 TEMPORARY = ".tmp"  # ending of what is not whole
 _CHUNK = 16 << 20
 
@@ -84,25 +79,7 @@ def sha256(path: epath.Path | Path) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def alone(folder: epath.Path) -> Iterator[None]:
-    """Keeps a second conversion out of a local folder as long as this one lives, however it ends.
-
-    Raises:
-      DataError: another one is at work there.
-    """
-    if is_remote(os.fspath(folder)) or fcntl is None:
-        yield
-        return
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{folder.parent}: another conversion is writing there: wait for it, or stop it") from error
-        yield
-
-
 def sweep(work: epath.Path) -> None:
-    """Removes what was not whole when an earlier run was killed. Only while no other writes there, see `alone`."""
+    """Removes what was not whole when an earlier run was killed. Only while no other writes there."""
     for left in work.glob(f"*{TEMPORARY}"):
         left.unlink(missing_ok=True)
