@@ -193,7 +193,7 @@ class Pretrained:
         batch_size: int = 64,
         **options: Any,
     ) -> list[list[Caption]]:
-        """Captions of pictures, several of each if asked for, the best first.
+        """Captions of pictures, several of each if asked for, the best first; fewer where beam search finds no more.
 
         Args:
           images: as in `encode_image`.
@@ -247,6 +247,9 @@ class Pretrained:
         )
         found = []
         for row in range(len(pixels)):
+            whole = [at for at in range(how.returns) if made.scores[row, at] != -np.inf]
+            if not whole:
+                raise ValueError(f"{how} leave no caption of this vocabulary: allow shorter ones, or repetitions")
             captions = [
                 Caption(
                     tokenizer.decode(made.tokens[row, at]),
@@ -254,7 +257,7 @@ class Pretrained:
                     float(made.scores[row, at]),
                     None if similarity is None else float(similarity[row, at]),
                 )
-                for at in range(how.returns)
+                for at in whole
             ]
             found.append(sorted(captions, key=lambda c: -(c.similarity or 0.0)) if rerank else captions)
         return found

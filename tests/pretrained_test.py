@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 
 import coca_jax
 from coca_jax.config import ConfigError
+from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import exported
 from coca_jax.interop.weights import Weights
+from coca_jax.pretrained import Pretrained
 from coca_jax.train.checkpoint import CheckpointError
 from tests import pairs, tiny
 
@@ -60,3 +63,25 @@ def test_a_step_that_is_no_number_of_one_is_refused(tmp_path: pathlib.Path, step
     (tmp_path / "checkpoints" / "12").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=f"step={step!r} must be a whole number"):
         coca_jax.load(tmp_path, step=step)
+
+
+def test_there_are_as_many_captions_as_the_vocabulary_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.train([pairs.caption(*e) for e in pairs.examples()] * 20, vocab_size=300)
+    drawn = tiny.replace(tiny.MODEL, text__vocab_size=tokenizer.vocab_size)
+    coca = Pretrained(Weights(tiny.replace(tiny.CONFIG, model=drawn), tiny.parameters(drawn), tokenizer))
+    (found,) = coca.captions(pairs.picture("red", "dot"), method="beam", beams=320, returns=320, length=2)
+    assert len(found) == tokenizer.vocab_size - 2  # all but padding and bos, eos alone among them
+    assert all(-20 < caption.log_prob < 0 and caption.score == caption.log_prob for caption in found)
+    (found,) = coca.captions(
+        pairs.picture("red", "dot"), method="beam", beams=320, returns=320, length=2, rerank=True, length_penalty=0.5
+    )
+    assert len(found) == tokenizer.vocab_size - 2
+    real = coca._apply.captions
+
+    def nothing(*arguments: Any) -> Any:
+        made, similarity = real(*arguments)
+        return dataclasses.replace(made, scores=np.full_like(made.scores, -np.inf)), similarity
+
+    monkeypatch.setattr(coca._apply, "captions", nothing)
+    with pytest.raises(ValueError, match=r"Options\(method='beam'.* leave no caption of this vocabulary"):
+        coca.captions(pairs.picture("red", "dot"), method="beam")

@@ -110,10 +110,14 @@ def decode(
     at = jnp.int32(prefix)
     start = (at + 1, *choose(at, growing, ended, logits), cache)
     at, growing, ended, _, _, _ = jax.lax.while_loop(unfinished, step, start)
+    # A sum with forbidden tokens in it, or of the copies that all beams but one began as, is of a place that no caption
+    # was left for.
+    is_caption = growing.scores > choosing.FORBIDDEN / 2
     # Captions that were cut come behind all that ended, in the order that they have.
     order = jnp.broadcast_to(_NONE * (0.25 + 0.25 * jnp.arange(k) / k)[None, :], (b, k))
     best = _join(ended, growing, order, options.returns)
-    scores = jnp.concatenate([ended.scores, rank(growing.scores, at)], axis=1)
+    cut = jnp.where(is_caption, rank(growing.scores, at), -jnp.inf)
+    scores = jnp.concatenate([ended.scores, cut], axis=1)
     place = jnp.concatenate([ended.scores, order], axis=1)
     index = jax.lax.top_k(place, options.returns)[1]
     return Captions(best.tokens, best.log_probs, jnp.take_along_axis(scores, index, axis=1))

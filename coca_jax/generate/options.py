@@ -75,7 +75,7 @@ class Captions:
       log_probs: log P(token | picture, tokens before) under the model itself, whatever options bent the choice; 0 for
         prompt and padding.
       scores: what they are ranked by. Beam search: the sum of the (penalised) log-probabilities / length ** penalty;
-        else the sum of `log_probs`.
+        else the sum of `log_probs`. -inf: there are fewer captions that the options allow, and this is none.
     """
 
     tokens: Int[Array, "b r t"]

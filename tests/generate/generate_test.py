@@ -124,6 +124,22 @@ def test_captions_that_were_cut_come_last() -> None:
         assert len({tuple(tokens) for tokens in made.tokens[row]}) == 12
 
 
+@pytest.mark.parametrize("options", [{}, {"min_length": 3}, {"no_repeat_ngram": 1}])
+def test_where_there_are_fewer_captions_than_beams_the_rest_is_none(options: dict[str, Any]) -> None:
+    """Two tokens after bos, of four words: every caption that the options allow comes once, and nothing else."""
+    made = run(Options("beam", beams=40, returns=30, length=3, **options))
+    words = [token for token in range(7) if token not in (BOS, EOS, PAD)]
+    wanted = {(BOS, EOS, PAD)} | {(BOS, word, last) for word in words for last in (*words, EOS)}
+    if "min_length" in options:
+        wanted.remove((BOS, EOS, PAD))
+    if "no_repeat_ngram" in options:
+        wanted -= {(BOS, word, word) for word in words}
+    for row in range(BATCH):
+        is_one = np.isfinite(made.scores[row])
+        assert is_one.tolist() == [True] * len(wanted) + [False] * (30 - len(wanted))
+        assert {tuple(map(int, tokens)) for tokens in made.tokens[row, is_one]} == wanted
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Log-probabilities, prompts, returns
 
