@@ -24,7 +24,7 @@ from coca_jax.model.coca import CoCa
 from coca_jax.train import checkpoint
 from coca_jax.train.checkpoint import CheckpointError
 from coca_jax.train.metrics import read_lines
-from tests import pairs
+from tests import pairs, saved
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,25 @@ def test_started_again_it_says_that_it_is_complete(
     assert run.run(recipe, str(workdir)) == 0
     assert "complete" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_was_made_longer_has_the_bits_of_one_that_was_so_long(recipe: Any, tmp_path: pathlib.Path) -> None:
+    longer = recipe.copy_and_resolve_references()
+    longer.evaluate.update(splits=(), zero_shot="", every=0, best="", captions=0)
+    longer.steps = 5
+    longer.optimizer.update(schedule="constant", warmup=0.4)
+    shorter = longer.copy_and_resolve_references()
+    shorter.steps = 3
+    assert run.run(shorter, str(tmp_path / "longer")) == 0
+    assert "keep the warm-up at 1 steps, --config.optimizer.warmup=0.2" in str(
+        run.run(longer, str(tmp_path / "longer"))
+    )
+    longer.optimizer.warmup = 0.2
+    assert [run.run(longer, str(tmp_path / folder)) for folder in ("at once", "longer")] == [0, 0]
+    leaves = [saved.arrays(tmp_path / folder, 5) for folder in ("at once", "longer")]
+    jax.tree.map(np.testing.assert_array_equal, *leaves)
+    steps = [line["step"] for line in read_lines(tmp_path / "longer/metrics.jsonl") if "loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] == 5
 
 
 def test_another_configuration_in_a_used_workdir_is_refused(recipe: Any, workdir: pathlib.Path) -> None:

@@ -23,7 +23,7 @@ from coca_jax.train import guard as guards
 
 def schedule(c: config.Optimizer, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up from 0 over `warmup * steps`, then the named decay to the last step."""
-    warmup = round(c.warmup * steps)
+    warmup = _warmup(c, steps)
     rest = max(steps - warmup, 1)
     if c.schedule == "linear":
         after = optax.linear_schedule(c.peak_lr, c.peak_lr * c.end_lr, rest)
@@ -42,6 +42,34 @@ def schedule(c: config.Optimizer, steps: int) -> optax.Schedule:
     # The first step already moves: warm-up reaches peak_lr at its last step.
     ramp = optax.linear_schedule(c.peak_lr / warmup, c.peak_lr, max(warmup - 1, 1))
     return optax.join_schedules([ramp, after], [warmup])
+
+
+def _warmup(c: config.Optimizer, steps: int) -> int:
+    return round(c.warmup * steps)
+
+
+def hindrance(before: config.Config, after: config.Config) -> str:
+    """What to do instead of making a run longer; empty where all that it did is the beginning of the longer one.
+
+    That is so where the learning rate goes by the warm-up alone and the warm-up has as many steps: the bits are then
+    those of a run that was meant to be so long from the start.
+
+    Args:
+      before: as the run was begun.
+      after: as it is to go on; another in `steps` and `optimizer.warmup`, a share of the steps.
+    """
+    kind, made = before.optimizer.schedule, _warmup(before.optimizer, before.steps)
+    if after.steps < before.steps:
+        return "a run does not become shorter: put it back"
+    if kind not in ("constant", "rsqrt") and after.steps > before.steps:
+        return (
+            f"config.optimizer.schedule={kind!r} has set each learning rate for {before.steps} steps (constant and "
+            "rsqrt could go on): put it back"
+        )
+    if _warmup(after.optimizer, after.steps) != made:
+        share = f"{made / after.steps:.12g}"
+        return f"keep the warm-up at {made} steps, --config.optimizer.warmup={share}, or put it back"
+    return ""
 
 
 def of_run(c: config.Config, parameters: Any) -> optax.GradientTransformationExtraArgs:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -118,3 +119,35 @@ def test_a_used_workdir_keeps_its_configuration(tmp_path: pathlib.Path) -> None:
     checkpoint.keep_config(workdir, tiny.replace(C, log_every=7, mesh__fsdp=1))  # how, not what
     with pytest.raises(ConfigError, match=r"config\.seed=9, but .*config\.json was begun with 1"):
         checkpoint.keep_config(workdir, tiny.replace(C, seed=9))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "rsqrt", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1])
+@pytest.mark.parametrize("steps", [10, 20, 40])
+def test_a_run_becomes_longer_where_its_steps_would_have_been_the_same(
+    tmp_path: pathlib.Path, schedule: str, warmup: float, steps: int
+) -> None:
+    """And what is refused says how it could go on, in a way that is taken."""
+    workdir = epath.Path(tmp_path)
+    begun = tiny.replace(C, steps=20, optimizer__schedule=schedule, optimizer__warmup=warmup)
+    checkpoint.keep_config(workdir, begun)
+
+    def same(c: config.Config) -> bool:
+        before, after = (optimizer.schedule(one.optimizer, one.steps) for one in (begun, c))
+        return all(float(before(step)) == float(after(step)) for step in range(20))
+
+    asked = tiny.replace(begun, steps=steps)
+    if steps >= 20 and same(asked):
+        checkpoint.keep_config(workdir, asked)
+        assert checkpoint.read_config(workdir) == asked
+        return
+    with pytest.raises(ConfigError, match=rf"config\.steps={steps}, but .*--config\.init\.checkpoint=") as refused:
+        checkpoint.keep_config(workdir, asked)
+    assert checkpoint.read_config(workdir) == begun
+    if found := re.search(r"--config\.optimizer\.warmup=(\S+),", str(refused.value)):
+        followed = tiny.replace(asked, optimizer__warmup=float(found[1]))
+        assert same(followed)
+        checkpoint.keep_config(workdir, followed)
+    else:
+        assert steps < 20 or schedule in ("linear", "cosine")
+        assert ("constant and rsqrt" in str(refused.value)) == (steps > 20)

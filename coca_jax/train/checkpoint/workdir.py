@@ -11,6 +11,7 @@ from etils import epath
 from coca_jax import config
 from coca_jax.config import ConfigError
 from coca_jax.data.mixture import read_spec
+from coca_jax.train import optimizer
 from coca_jax.train.checkpoint.paths import CONFIG_FILE, CheckpointError
 
 # What may differ between the run that began in a workdir and the one that goes on: it changes how, not what.
@@ -35,10 +36,15 @@ _MAY_CHANGE = (
 )
 
 
+# What may differ where the run is made longer, see `optimizer.hindrance`.
+_LENGTH = ("steps", "optimizer.warmup")
+
+
 def keep_config(workdir: epath.Path, c: config.Config) -> None:
     """Writes config.json into a new workdir; in a used one, refuses a configuration that would be another run.
 
-    To be called by one process.
+    A run may become longer where its steps so far would have been the same in the longer one. To be called by one
+    process.
 
     Raises:
       ConfigError: naming the first key that differs, both values and what to do.
@@ -49,9 +55,11 @@ def keep_config(workdir: epath.Path, c: config.Config) -> None:
         for key, old, new in _differences(json.loads(config.to_json(before)), json.loads(config.to_json(c))):
             # Of a mixture the weights may change, see Schedule.changed.
             weights_alone = key == "data.train" and list(read_spec(old)) == list(read_spec(new))
-            if not weights_alone and not any(key == k or key.startswith(k + ".") for k in _MAY_CHANGE):
+            hindrance = optimizer.hindrance(before, c) if key in _LENGTH else "put it back"
+            may_change = weights_alone or any(key == k or key.startswith(k + ".") for k in _MAY_CHANGE)
+            if hindrance and not may_change:
                 raise ConfigError(
-                    f"config.{key}={new!r}, but {path} was begun with {old!r}: put it back, or start in another "
+                    f"config.{key}={new!r}, but {path} was begun with {old!r}: {hindrance}, or start in another "
                     f"--workdir, with its weights by --config.init.checkpoint={workdir}"
                 )
             logging.info("config.%s was %r and is %r", key, old, new)
