@@ -7,10 +7,12 @@ program in the place of coca_jax.main.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -169,6 +171,36 @@ def test_a_lost_process_is_started_again_on_its_machine(cloud: Cloud) -> None:
     assert starts.read_text() == ("\0".join(RUN) + "\n\n") * 2
 
 
+def test_a_process_that_has_the_number_of_a_run_is_not_the_run(cloud: Cloud) -> None:
+    """After a restart of the machine another process may have it: it is neither waited for nor ended."""
+    environment = cloud.folder / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    shutil.copy(cloud.tools / "fake_python", environment / "bin/python")
+    worker = ("bash", cloud.clone / "launch/on_worker")
+    told, folder = {"COCA_JAX_VENV": str(environment)}, cloud.folder / "coca_jax_run"
+    start = (*worker, "start", "--extra=cpu", "--", *RUN)
+    assert cloud.run(*start, **told).returncode == 0
+    assert "running, process" in cloud.run(*worker, "status").stdout
+    (cloud.folder / "finish").write_text("0")
+    deadline = time.monotonic() + 20
+    while not (folder / "status").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (folder / "status").unlink()  # as if the machine had been switched off
+    with subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            (folder / "pid").write_text(f"{other.pid}\n")
+            assert "nothing was started" in cloud.run(*worker, "status").stdout
+            followed = cloud.run(*worker, "follow")
+            assert (followed.returncode, followed.stdout) == (1, "step 1\n")
+            assert "may have been restarted" in followed.stderr
+            assert [cloud.run(*worker, action).returncode for action in ("idle", "stop")] == [0, 0]
+            assert other.poll() is None
+            assert cloud.run(*start, **told).returncode == 0
+        finally:
+            other.kill()
+
+
 POD = ("--name=pod", "--zone", "us-central2-b")
 
 
@@ -303,6 +335,35 @@ def test_slurm_runs_one_process_a_node_and_goes_on_after_the_time_limit(cloud: C
     (cloud.folder / "finish").write_text("1")  # a failure is not tried again
     assert cloud.launch("slurm", *options, main=SLURM).returncode == 1
     assert not [call for call in cloud.calls() if call[0] == "scontrol"]
+
+
+def test_a_slurm_job_that_is_cancelled_saves_and_stays_cancelled(cloud: Cloud) -> None:
+    """The signal reaches script and steps alike; that of the time limit, above, the steps alone."""
+    (cloud.folder / "finish").write_text("0")
+    python = str(cloud.tools / "fake_python")
+    assert cloud.launch("slurm", "--requeue", f"--python={python}", main=SLURM).returncode == 0
+    for left in ("finish", "environment", "directory"):
+        (cloud.folder / left).unlink()
+    cloud.calls()
+    environment = {"PATH": f"{cloud.tools}:{os.environ['PATH']}", "HOME": str(cloud.folder), "LOG": str(cloud.log)}
+    script = str(cloud.clone / "runs/launch/coca.sbatch")
+    job = subprocess.Popen(
+        ["bash", script],
+        env=environment | {"SLURM_JOB_ID": "7"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert job.stdout and job.stdout.readline() == "step 1\n"
+        time.sleep(0.3)  # until it listens
+        os.killpg(job.pid, signal.SIGTERM)
+        said, _ = job.communicate(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    assert (job.returncode, said) == (143, "saved\n")
+    assert [call[0] for call in cloud.calls()] == ["srun"]
 
 
 @pytest.mark.parametrize(
