@@ -53,6 +53,8 @@ def summary(c: config_lib.Config, metrics: Mapping[str, float]) -> list[str]:
             kinds = ("top1", "top5", "largest_class", "chance/top1")
             top1, top5, largest, chance = (f"{metrics[f'{name}/classification/{kind}']:.4f}" for kind in kinds)
             what = f"top-1 {top1}, top-5 {top5}, always the largest class {largest}, chance {chance}"
+            if unknown := metrics.get(f"{name}/classification/unknown"):
+                what += f"; {unknown:g} of {metrics[f'{name}/classification/records']:g} records have an unknown class"
             lines.append(f"{name:14} classes       {what}")
         if f"{name}/caption_loss" in metrics:
             loss, perplexity = metrics[f"{name}/caption_loss"], metrics[f"{name}/perplexity"]
@@ -119,15 +121,19 @@ def _classification(metrics: Mapping[str, float], splits: Sequence[str]) -> Any:
     rows = [
         {
             "name": name,
-            "cells": [plain(metrics.get(f"{name}/classification/records"))]
+            "cells": [plain(metrics.get(f"{name}/classification/{count}")) for count in ("records", "unknown")]
             + [percent(metrics.get(f"{name}/classification/{kind}")) for kind in kinds],
             "soft": False,
         }
         for name in splits
         if f"{name}/classification/top1" in metrics
     ]
-    text = "The trained classifier on labelled records; beside it, answering always with the largest class, and chance."
-    head = ["split", "records", "top 1", "top 5", "top 1, mean over classes", "largest class", "chance"]
+    text = (
+        "The trained classifier on labelled records; a class that it does not know is always wrong, and not in the "
+        "mean over classes. Beside it, answering always with the largest class, and chance."
+    )
+    head = ["split", "records", "of an unknown class"]
+    head += ["top 1", "top 5", "top 1, mean over classes", "largest class", "chance"]
     return _table("Classification", text, head, rows)
 
 
