@@ -76,6 +76,7 @@ def test_each_reader_says_it(address: str, said: str) -> None:
         ["coca_jax.evaluate", "--checkpoint={here}", "--output={address}"],
         ["coca_jax.checkpoint", "list", "{address}"],
         ["coca_jax.data.prepare", "convert", "--source=folder:{here}", "--out={address}"],
+        ["coca_jax.data.prepare", "describe", "folder:{here}", "--contact_sheet={address}"],
     ],
 )
 def test_each_command_says_it_in_a_line(

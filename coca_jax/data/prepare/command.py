@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from coca_jax.data import addresses
 from coca_jax.data.prepare import emoji_set, page
 from coca_jax.data.prepare.beam import RUNNERS
 from coca_jax.data.prepare.checking import QUALITY
@@ -193,7 +194,9 @@ def _add_describe(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="records to read, evenly over all; 0: all (default: 1000)",
     )
-    parser.add_argument("--contact_sheet", default="", metavar="FILE.jpg", help="write thumbnails with captions there")
+    parser.add_argument(
+        "--contact_sheet", default="", metavar="FILE.jpg", help="write thumbnails with captions there; a bucket works"
+    )
     _add_tokens(parser)
     parser.set_defaults(run=_describe)
 
@@ -218,6 +221,7 @@ def _convert(options: argparse.Namespace) -> str:
 
 
 def _describe(options: argparse.Namespace) -> str:
+    addresses.check(options.contact_sheet)  # before minutes of reading
     found = describe(options.spec or options.source, options.sample, options.tokenizer)
     said = text(found, options.length)
     if options.contact_sheet:

@@ -15,7 +15,7 @@ import PIL.ImageFont
 import tqdm
 from etils import epath
 
-from coca_jax.data import images
+from coca_jax.data import addresses, images
 from coca_jax.data.prepare import page
 from coca_jax.data.prepare.checking import Dropped, check, in_words
 from coca_jax.data.prepare.inputs import open_inputs
@@ -121,6 +121,7 @@ def contact_sheet(examples: Sequence[Record], file: str | os.PathLike[str]) -> N
     Raises:
       DataError: there are no examples, or the file cannot be written.
     """
+    addresses.check(file)
     if not examples:
         raise DataError(f"{file}: there is no picture for it among the records that were read; raise --sample")
     font = PIL.ImageFont.load_default(_FONT)
@@ -144,5 +145,5 @@ def contact_sheet(examples: Sequence[Record], file: str | os.PathLike[str]) -> N
     sheet.save(out, "JPEG", quality=90)
     try:
         epath.Path(file).write_bytes(out.getvalue())
-    except OSError as error:
+    except Exception as error:  # of buckets, of many kinds
         raise DataError(f"{file} cannot be written: {one_line(error)}; name another file") from error

@@ -9,6 +9,7 @@ import pytest
 from coca_jax.data import records
 from coca_jax.data.prepare.describe import contact_sheet, describe, text
 from coca_jax.data.records import DataError, Record
+from tests import faulty
 from tests.data.images import pictures
 from tests.data.prepare import sets
 
@@ -91,6 +92,18 @@ def test_contact_sheet(tmp_path):
         assert letters[:, -1].min() > 200
     with pytest.raises(DataError, match="cannot be written"):
         contact_sheet(described(f"array_record:{tmp_path}/a").examples, tmp_path / "no" / "sheet.jpg")
+
+
+def test_a_contact_sheet_in_a_bucket(mixed):
+    bucket, file = faulty.register(), "az://bucket/sheet.jpg"
+    examples = described(mixed, sample=4).examples
+    contact_sheet(examples, file)
+    assert bucket.cat_file(file).startswith(b"\xff\xd8")
+    bucket.faults["write"].append(faulty.Throttled("slow down"))  # no OSError
+    with pytest.raises(DataError, match=f"{file} cannot be written: .*slow down; name another file"):
+        contact_sheet(examples, file)
+    with pytest.raises(DataError, match="nothing is read from memory:// or written to it"):
+        contact_sheet(examples, "memory://bucket/sheet.jpg")
 
 
 def test_describe_does_not_touch_the_set(mixed, tmp_path):
