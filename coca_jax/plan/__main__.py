@@ -5,7 +5,8 @@
 
 It needs libtpu (pip install "coca_jax[plan]") and no TPU. Any key of the configuration can be set after the file, as
 for training: --config.batch_size=16384. The exit status is 0 where the plan fits (with --search: one of them), 3 where
-it does not, and 1 where the question could not be asked. docs/planner.md says what the figures mean.
+it is too large (with --search: all of them), 4 where that is not known, as the compiler failed or was ended by
+--timeout, and 1 where the question could not be asked. docs/planner.md says what the figures mean.
 """
 
 from __future__ import annotations
@@ -43,8 +44,6 @@ _EFFICIENCY = flags.DEFINE_float(
     "efficiency", estimate.EFFICIENCY, "Share of the peak that matrix products reach, 0..1."
 )
 
-EXIT_TOO_LARGE = 3
-
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
@@ -76,7 +75,7 @@ def main(argv: list[str]) -> None:
             json.dump(values if _SEARCH.value else values[0], file, indent=2)
             file.write("\n")
     print(f"{name} on {topology}\n{report.table(plans)}" if _SEARCH.value else report.page(plans[0], name))
-    sys.exit(0 if any(p.fits for p in plans) else EXIT_TOO_LARGE)
+    sys.exit(report.status(plans))
 
 
 def _one(c: config.Config, topology: topologies.Topology) -> Plan:

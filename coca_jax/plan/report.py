@@ -1,4 +1,4 @@
-"""Plans as text for a terminal."""
+"""Plans as text for a terminal, and as an exit status."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from collections.abc import Sequence
 
 from coca_jax.plan.compiled import GIB
 from coca_jax.plan.estimate import Plan
+
+EXIT_TOO_LARGE, EXIT_NOT_KNOWN = 3, 4
+
+
+def status(plans: Sequence[Plan]) -> int:
+    """What to exit with: 0, EXIT_TOO_LARGE, or EXIT_NOT_KNOWN where none is known to fit and one of them might."""
+    if any(p.fits for p in plans):
+        return 0
+    return EXIT_TOO_LARGE if all(p.missing_gib for p in plans) else EXIT_NOT_KNOWN
 
 
 def figure(value: float) -> str:
@@ -96,6 +105,8 @@ def table(plans: Sequence[Plan]) -> str:
         lines.append(f"{step:>8}  {p.mfu:5.1%}  {p.hbm_gib:7.2f}  {cost:>10}  {choice(p)}")
     for p in plans:
         if not p.fits:
-            missing = f"{p.missing_gib:.2f} GiB too large" if p.missing_gib else p.measured.error
-            lines.append(f"  does not fit: {choice(p)}: {missing}")
+            what, why = ("does not fit", f"{p.missing_gib:.2f} GiB too large")
+            if not p.missing_gib:  # too slow, or the compiler failed
+                what, why = "not compiled", p.measured.error
+            lines.append(f"  {what}: {choice(p)}: {why}")
     return "\n".join(lines)

@@ -53,9 +53,11 @@ def meshes(topology: Topology) -> Iterator[tuple[int, int, int]]:
 def search(c: config.Config, topology: Topology, plan: Callable[[config.Config], Plan | None]) -> list[Plan]:
     """Tries choices, each once, the promising ones first.
 
-    Less recomputation is faster and larger, so of one mesh the first policy that fits, from the least recomputation to
-    the most, is its fastest without microbatches. If none fits, more and more microbatches are tried with the most. The
-    other meshes are tried with what was found, and at last the lighter policies with microbatches on the best mesh.
+    The configured microbatches come first, with the image tower's policy, so that what is found is no worse than the
+    recipe; they are among those tried later too. Less recomputation is faster and larger, so of one mesh the first
+    policy that fits, from the least recomputation to the most, is its fastest without microbatches. If none fits, more
+    and more microbatches are tried with the most. The other meshes are tried with what was found, and at last the
+    lighter policies with microbatches on the best mesh.
 
     Args:
       c: what is not searched stays as it is here.
@@ -88,8 +90,10 @@ def search(c: config.Config, topology: Topology, plan: Callable[[config.Config],
     dcn = config.dcn_shape(c.mesh, topology.slices)
     inside = (shape[0] // dcn[0], shape[1] // dcn[1], shape[2] // dcn[2])
     policies = list(config.REMAT)
-    parts = [n for n in (2**i for i in range(1, 9)) if n <= c.batch_size]
+    parts = sorted({n for n in (*(2**i for i in range(1, 9)), c.microbatches) if 1 < n <= c.batch_size})
 
+    if c.microbatches > 1:
+        attempt(Choice(inside, c.microbatches, c.model.image.remat))
     for remat in policies:
         if (p := attempt(Choice(inside, 1, remat))) and p.fits:
             break
@@ -102,7 +106,7 @@ def search(c: config.Config, topology: Topology, plan: Callable[[config.Config],
         at = start or Choice(inside, 1, policies[-1])
         attempt(at._replace(mesh=mesh))
     if found := best():
-        for n in parts[:2]:
+        for n in dict.fromkeys((*parts[:2], *(n for n in parts if n == c.microbatches))):
             for remat in policies[: policies.index(found.remat)]:
                 attempt(found._replace(microbatches=n, remat=remat))
     return list(tried.values())

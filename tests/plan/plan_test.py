@@ -268,6 +268,47 @@ def test_the_search_finds_the_fastest_that_fits() -> None:
     assert table.index("remat outputs") < table.index("does not fit")
 
 
+def test_the_search_is_no_worse_than_the_recipe_and_its_microbatches() -> None:
+    """Twelve parts fit, and are faster than what is tried: no power of two is as good."""
+    own = tiny.replace(C, batch_size=192, microbatches=12, mesh=config.Mesh(replica=2, fsdp=8))
+    own = tiny.replace(own, model__image__remat="dots", model__text__remat="dots")
+
+    def made_up(c: config.Config) -> Plan:
+        fits = c.microbatches == 12
+        return Plan(c, SLICE, Measured(needed=(10 if fits else 20) * GIB, executed_flops=1e12))
+
+    plans = search.search(own, SLICE, made_up)
+    assert plans[0].c == own and plans[0].fits
+    # With lighter policies too, once the best mesh is known.
+    assert {p.c.model.image.remat for p in plans if p.c.microbatches == 12 and p.fits} >= {"none", "attention", "dots"}
+    left = iter(range(1))
+    assert [p.c for p in search.search(own, SLICE, lambda c: made_up(c) if next(left, 1) == 0 else None)] == [own]
+
+
+@pytest.mark.parametrize(
+    ("measured", "status", "said"),
+    [
+        ([MEASURED], 0, "FITS"),
+        ([Measured(needed=20.0 * GIB, error="Used 20.00G of 15.75G hbm.")], 3, "DOES NOT FIT"),
+        ([Measured(error="not compiled in 1500 s (--timeout)")], 4, "NOT COMPILED"),
+        ([Measured(error="INTERNAL: no idea"), MEASURED], 0, ""),
+        ([Measured(error="INTERNAL: no idea"), Measured(needed=20.0 * GIB, error="too large")], 4, ""),
+        ([Measured(needed=20.0 * GIB), Measured(needed=20.0 * GIB, error="too large")], 3, ""),
+    ],
+    ids=["fits", "too large", "too slow", "one fits", "one may fit", "none fits"],
+)
+def test_the_exit_status_tells_what_is_too_large_from_what_is_not_known(
+    measured: list[Measured], status: int, said: str
+) -> None:
+    plans = [Plan(C, SLICE, one) for one in measured]
+    assert report.status(plans) == status
+    if said:
+        assert said in report.page(plans[0], "tiny.py")
+    table = report.table(plans)
+    assert table.count("not compiled: ") == sum(not p.fits and not p.missing_gib for p in plans)
+    assert table.count("does not fit: ") == sum(p.missing_gib > 0 for p in plans)
+
+
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [

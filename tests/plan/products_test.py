@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from coca_jax.model import flops
+from coca_jax.model import attention, flops
 from coca_jax.plan import products
 from coca_jax.train.step import loss_function
 from tests import tiny
@@ -37,6 +38,23 @@ def test_what_cannot_be_counted_is_named() -> None:
         return jax.lax.while_loop(lambda x: jnp.max(x) > 1, lambda x: x @ w, x)
 
     assert count(until_small, (3, 4), (4, 4)) == (2 * 3 * 4 * 4, {"while": 1})
+
+
+@pytest.mark.parametrize(("s", "m", "is_causal"), [(256, 256, False), (256, 640, False), (512, 512, True)])
+def test_the_products_inside_a_kernel_count(s: int, m: int, is_causal: bool) -> None:
+    """Those of the flash kernel: its backward pass makes the scores twice again, in both of its halves."""
+    b, h, k = 3, 2, 64
+    shapes = ((b, s, h, k), (b, m, h, k), (b, m, h, k))
+
+    def total(*arrays: Any, how: str) -> Any:
+        return attention.attend(*arrays, is_causal=is_causal, implementation=how).astype(jnp.float32).sum()
+
+    one = 2 * b * h * s * m * k
+    assert count(functools.partial(total, how="flash"), *shapes) == (2 * one, {})
+    outputs = 2 * b * h * s * k  # with their gradients, before the kernels
+    found = count(jax.grad(functools.partial(total, how="flash"), (0, 1, 2)), *shapes)
+    assert found == ((2 + 7) * one + outputs, {})
+    assert count(jax.grad(functools.partial(total, how="xla"), (0, 1, 2)), *shapes) == ((2 + 4) * one, {})
 
 
 def sharded() -> None:
