@@ -6,9 +6,9 @@
 What stands after -- goes to coca_jax.main, which takes up from the newest checkpoint. A process that was killed, that
 crashed, was asked to end (143) or has lost another one (75, or ended by JAX) is a reason to start again; one that ends
 with status 1 has said what is to be mended, and nothing is started again. One that gives no sign of life is killed.
-After --restarts starts in a row that brought no newer checkpoint it gives up. SIGTERM and Ctrl-C are passed on, and end
-the supervisor too. Of a run on several machines each has its own supervisor (launch/on_worker), and all start again.
-Standard library alone: it outlives whatever happens to JAX.
+After --restarts starts in a row that brought no newer checkpoint it gives up. SIGTERM, Ctrl-C and the loss of the
+terminal (but for nohup) are passed on, and end the supervisor too. Of a run on several machines each has its own
+supervisor (launch/on_worker), and all start again. Standard library alone: it outlives whatever happens to JAX.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     command = [sys.executable, "-m", "coca_jax.main", *options.main]
     job = Job(command, options.processes, options.grace, options.patience, options.frozen)
-    for name in (signal.SIGTERM, signal.SIGINT):
+    lost_terminal = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL else []  # not under nohup
+    for name in (signal.SIGTERM, signal.SIGINT, *lost_terminal):
         signal.signal(name, job.stop)
     newest, futile = -1, 0
     while True:
@@ -158,7 +159,7 @@ class Job:
         return first
 
     def stop(self, _: int, __: FrameType | None) -> None:
-        """SIGTERM or Ctrl-C: passed on, as SIGTERM.
+        """SIGTERM, Ctrl-C or a lost terminal: passed on, as SIGTERM.
 
         A terminal has sent Ctrl-C to all of them itself, where a SIGTERM after it changes nothing; `kill -INT` has not.
         """
@@ -237,7 +238,8 @@ def free_port() -> int:
 
 
 def say(text: str) -> None:
-    print(f"supervise: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"supervise: {text}", file=sys.stderr, flush=True)
 
 
 def _positive(text: str) -> int:

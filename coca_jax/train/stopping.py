@@ -1,4 +1,4 @@
-"""A run that is asked to end: SIGTERM and Ctrl-C, at any moment, and how long it may take."""
+"""A run that is asked to end: SIGTERM, Ctrl-C and a lost terminal, at any moment, and how long it may take."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PATIENCE = 5.0  # seconds for what is given back before a process is ended
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, SIGINT), has saved what it had, and can go on from there."""
+    """The run was asked to stop (SIGTERM, SIGINT, SIGHUP), has saved what it had, and can go on from there."""
 
 
 class Interrupted(Exception):
@@ -33,7 +33,8 @@ class Stopping:
     what was saved before. Where there is nothing to save, the process ends at once, from a thread of its own. Nothing
     is raised for that: it would be in the midst of whatever the main thread is at, and compilers that are left so
     crash, threads cannot be joined that were about to start, callbacks of the garbage collector forget what is raised
-    in them. A second Ctrl-C interrupts as usual.
+    in them. A second Ctrl-C interrupts as usual. A terminal that goes away (SIGHUP) is a request too, unless that was
+    to be ignored (nohup); what is said after it is said to nobody, and is no error.
 
     Several processes. One that is asked stops all of them at one and the same poll: JAX takes SIGTERM and tells the
     others, and all agree on a poll that none has come to. So all must poll alike. A process that takes too long is
@@ -56,6 +57,7 @@ class Stopping:
         self._polls, self._agreed = 0, False
         self._before: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
+        self._terminals: list[int] = []
         self._done = threading.Event()
 
     def asked(self) -> bool:
@@ -74,7 +76,10 @@ class Stopping:
     def __enter__(self) -> Stopping:
         with contextlib.suppress(ValueError):  # not in the main thread (a notebook's worker): signals are not ours
             # With several processes SIGTERM is JAX's.
-            for name in (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT):
+            names = [signal.SIGINT] if self._several else [signal.SIGTERM, signal.SIGINT]
+            names += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL else []
+            self._terminals = [number for number in (1, 2) if os.isatty(number)]  # cannot be told once it is gone
+            for name in names:
                 self._before[name] = signal.signal(name, self._note)
             if not self._several:
                 # Written by Python's handler in C, while the main thread may be anywhere.
@@ -94,20 +99,30 @@ class Stopping:
             signal.signal(name, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self._leave_terminal()
         if self._requests and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._requests.append(number)
         if self._several:
             signal.raise_signal(signal.SIGTERM)
 
+    def _leave_terminal(self) -> None:
+        """Where it is gone: writing to it is an error, which would end the run before it has saved."""
+        for number in self._terminals:
+            if not os.isatty(number):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+
     def _wait(self) -> None:
         """In a thread of its own: until a signal comes, and then as long as the process may take."""
         assert self._pipe
-        while os.read(self._pipe[0], 1) not in (bytes([signal.SIGTERM]), bytes([signal.SIGINT])):
+        while os.read(self._pipe[0], 1)[0] not in self._before:
             if self._done.is_set():
                 for side in self._pipe:
                     os.close(side)
                 return
+        self._leave_terminal()  # the main thread may be long in noticing it
         text = "stopped: there is nothing new to save"
         if self.unsaved:
             if self._done.wait(self._grace):

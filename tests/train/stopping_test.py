@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ NOTHING = "stopped: there is nothing new to save"
 
 PLACES = {
     "where Python works": "ask(); loop()",
+    "by a lost terminal": "os.kill(os.getpid(), signal.SIGHUP); loop()",
     "in a call that Python cannot leave": "threading.Timer(0.5, ask).start(); pbkdf2_hmac('md5', b'', b'', 1 << 30)",
     "in the garbage collector": "gc.callbacks.append(lambda *_: ask()); gc.collect(); loop()",  # forgets what is raised
     "in a weak reference's callback": "x = set(); r = weakref.ref(x, lambda _: ask()); del x; loop()",  # and this one
@@ -49,6 +51,10 @@ def ended(body: str, grace: float = 240.0) -> subprocess.CompletedProcess[str]:
             {body}
         print("over")
     """
+    return run(program)
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         cwd=conftest.REPOSITORY,
@@ -102,3 +108,40 @@ def test_it_is_noted_and_polled_and_a_second_ctrl_c_interrupts() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_terminal_that_goes_away_asks_too(tmp_path: pathlib.Path) -> None:
+    """And printing to it ends nothing before all is saved: by SIGHUP, or by a supervisor's SIGTERM."""
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        program = f"""
+            import os, pty, signal, time
+            from coca_jax.train import stopping
+
+            reader, terminal = pty.openpty()
+            os.dup2(terminal, 1)
+            os.close(terminal)
+            with stopping.Stopping(30) as stop:
+                stop.unsaved = True
+                print("seen", flush=True)
+                os.close(reader)
+                os.kill(os.getpid(), {number})
+                while not stop.asked():
+                    time.sleep(0.01)
+                print("saved", flush=True)
+                open({str(tmp_path / number.name)!r}, "w").close()
+        """
+        done = run(program)
+        assert (done.returncode, done.stderr) == (0, "") and (tmp_path / number.name).exists(), done
+
+
+def test_what_ignores_hang_ups_goes_on_doing_so() -> None:
+    done = run("""
+        import os, signal
+        from coca_jax.train import stopping
+
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        with stopping.Stopping(30) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            print(stop.asked())
+    """)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done
