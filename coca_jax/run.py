@@ -179,9 +179,9 @@ def _begin(
             if held:
                 held.enter_context(checkpoint.Lock(workdir))
             checkpoint.keep_config(workdir, c)
-            tokenizer.save(workdir / checkpoint.TOKENIZER_FILE)
+            checkpoint.write_whole(workdir / checkpoint.TOKENIZER_FILE, tokenizer.save)
             if labels:
-                classes.write(workdir / classes.FILE, labels)
+                checkpoint.write_whole(workdir / classes.FILE, lambda path: classes.write(path, labels))
         except OSError as error:
             problem = f"--workdir={workdir} cannot be made or written: {error}"
         except (ConfigError, checkpoint.CheckpointError, checkpoint.Locked) as error:

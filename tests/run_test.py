@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import resource
 import runpy
 import shutil
 from collections.abc import Callable
@@ -99,6 +100,24 @@ def test_a_run_that_was_made_longer_has_the_bits_of_one_that_was_so_long(recipe:
     jax.tree.map(np.testing.assert_array_equal, *leaves)
     steps = [line["step"] for line in read_lines(tmp_path / "longer/metrics.jsonl") if "loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] == 5
+
+
+def test_a_start_that_cannot_write_leaves_what_is_there(
+    recipe: Any, workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """The vocabulary and the classes are written at every start, and nothing else has them."""
+    used = shutil.copytree(workdir, tmp_path / "used")
+    before = {path.name: path.read_bytes() for path in used.iterdir() if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    most = len(before["config.json"]) + 1000
+    assert most < len(before["tokenizer.model"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        said = str(run.run(recipe, str(used)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"--workdir={used} cannot be made or written: " in said and "File too large" in said
+    assert {path.name: path.read_bytes() for path in used.iterdir() if path.is_file()} == before
 
 
 def test_another_configuration_in_a_used_workdir_is_refused(recipe: Any, workdir: pathlib.Path) -> None:

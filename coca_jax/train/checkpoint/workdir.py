@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
@@ -63,9 +65,22 @@ def keep_config(workdir: epath.Path, c: config.Config) -> None:
                     f"--workdir, with its weights by --config.init.checkpoint={workdir}"
                 )
             logging.info("config.%s was %r and is %r", key, old, new)
+    write_whole(path, lambda partial: partial.write_text(config.to_json(c)))
+
+
+def write_whole(path: epath.Path, write: Callable[[epath.Path], object]) -> None:
+    """Writes a file beside its place and renames it: where that fails, what was there is still there.
+
+    Every start writes what the workdir has already, and without it the run's checkpoints are of no use.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(config.to_json(c))
-    partial.replace(path)
+    try:
+        write(partial)
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def read_config(workdir: epath.PathLike) -> config.Config:
