@@ -172,25 +172,29 @@ def _begin(
     Raises:
       ConfigError: it cannot be made, is another run's or in use by one, or the processes do not share it.
     """
-    problem = ""
+    problem, kept, path = "", "", workdir / checkpoint.CONFIG_FILE
     if distributed.is_first():
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            if held:
+            if held is None:
+                checkpoint.check_config(workdir, c)
+            else:
+                workdir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(checkpoint.Lock(workdir))
-            checkpoint.keep_config(workdir, c)
-            checkpoint.write_whole(workdir / checkpoint.TOKENIZER_FILE, tokenizer.save)
-            if labels:
-                checkpoint.write_whole(workdir / classes.FILE, lambda path: classes.write(path, labels))
+                checkpoint.keep_config(workdir, c)
+                checkpoint.write_whole(workdir / checkpoint.TOKENIZER_FILE, tokenizer.save)
+                if labels:
+                    checkpoint.write_whole(workdir / classes.FILE, lambda path: classes.write(path, labels))
+            kept = path.read_text()
         except OSError as error:
             problem = f"--workdir={workdir} cannot be made or written: {error}"
         except (ConfigError, checkpoint.CheckpointError, checkpoint.Locked) as error:
             problem = str(error)
-    if problem := distributed.gather(problem)[0]:
+    problem, kept = distributed.gather([problem, kept])[0]
+    if problem:
         raise ConfigError(problem)
-    path, deadline = workdir / checkpoint.CONFIG_FILE, time.monotonic() + 30
+    deadline = time.monotonic() + 30
     # A network folder may show what another host has written some seconds later.
-    while not (seen := path.exists() and path.read_text() == config.to_json(c)) and time.monotonic() < deadline:
+    while not (seen := path.exists() and path.read_text() == kept) and time.monotonic() < deadline:
         time.sleep(0.5)
     if blind := [str(index) for index, sees in enumerate(distributed.gather(seen)) if not sees]:
         raise ConfigError(

@@ -242,6 +242,22 @@ def test_evaluation_alone_gives_the_same_figures(recipe: Any, workdir: pathlib.P
     assert last["step"] == from_config_dict(recipe).steps
 
 
+def test_evaluation_alone_makes_no_workdir_and_changes_none(
+    recipe: Any, workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """A run may be under way in it, whose configuration, mesh and length are its own."""
+    other = recipe.copy_and_resolve_references()
+    other.evaluate.update(splits=(), zero_shot="", best="", captions=0)
+    other.log_every = 7
+    used = shutil.copytree(workdir, tmp_path / "used")
+    kept = [used / name for name in ("config.json", "tokenizer.model")]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in kept]
+    assert run.run(other, str(used), evaluate_only=True) == 0
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in kept] == before
+    assert "is not a workdir: it has no config.json" in str(run.run(other, str(tmp_path / "none"), evaluate_only=True))
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_captioner_has_no_contrastive_half(recipe: Any, tmp_path: pathlib.Path) -> None:
     c = recipe.copy_and_resolve_references()
     c.steps, c.loss.lambda_con, c.evaluate.every, c.evaluate.best = 1, 0.0, 0, ""

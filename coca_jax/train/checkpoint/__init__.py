@@ -13,7 +13,7 @@ lock.py      one run in a workdir
 from coca_jax.train.checkpoint.lock import Lock, Locked
 from coca_jax.train.checkpoint.paths import CONFIG_FILE, TOKENIZER_FILE, CheckpointError, absolute, reachable
 from coca_jax.train.checkpoint.store import Checkpoints
-from coca_jax.train.checkpoint.workdir import keep_config, read_config, write_whole
+from coca_jax.train.checkpoint.workdir import check_config, keep_config, read_config, write_whole
 
 __all__ = [
     "CONFIG_FILE",
@@ -23,6 +23,7 @@ __all__ = [
     "Lock",
     "Locked",
     "absolute",
+    "check_config",
     "keep_config",
     "reachable",
     "read_config",

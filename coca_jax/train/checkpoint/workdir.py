@@ -43,29 +43,37 @@ _LENGTH = ("steps", "optimizer.warmup")
 
 
 def keep_config(workdir: epath.Path, c: config.Config) -> None:
-    """Writes config.json into a new workdir; in a used one, refuses a configuration that would be another run.
+    """Writes config.json into a new workdir; in a used one, what of it may change. To be called by one process.
 
-    A run may become longer where its steps so far would have been the same in the longer one. To be called by one
-    process.
-
-    Raises:
-      ConfigError: naming the first key that differs, both values and what to do.
+    Raises as `check_config`.
     """
     path = workdir / CONFIG_FILE
     if path.exists():
-        before = read_config(workdir)
-        for key, old, new in _differences(json.loads(config.to_json(before)), json.loads(config.to_json(c))):
-            # Of a mixture the weights may change, see Schedule.changed.
-            weights_alone = key == "data.train" and list(read_spec(old)) == list(read_spec(new))
-            hindrance = optimizer.hindrance(before, c) if key in _LENGTH else "put it back"
-            may_change = weights_alone or any(key == k or key.startswith(k + ".") for k in _MAY_CHANGE)
-            if hindrance and not may_change:
-                raise ConfigError(
-                    f"config.{key}={new!r}, but {path} was begun with {old!r}: {hindrance}, or start in another "
-                    f"--workdir, with its weights by --config.init.checkpoint={workdir}"
-                )
-            logging.info("config.%s was %r and is %r", key, old, new)
+        check_config(workdir, c)
     write_whole(path, lambda partial: partial.write_text(config.to_json(c)))
+
+
+def check_config(workdir: epath.Path, c: config.Config) -> None:
+    """Refuses a configuration that would be another run than the workdir's.
+
+    A run may become longer where its steps so far would have been the same in the longer one.
+
+    Raises:
+      ConfigError: naming the first key that differs, both values and what to do.
+      CheckpointError: see `read_config`.
+    """
+    path, before = workdir / CONFIG_FILE, read_config(workdir)
+    for key, old, new in _differences(json.loads(config.to_json(before)), json.loads(config.to_json(c))):
+        # Of a mixture the weights may change, see Schedule.changed.
+        weights_alone = key == "data.train" and list(read_spec(old)) == list(read_spec(new))
+        hindrance = optimizer.hindrance(before, c) if key in _LENGTH else "put it back"
+        may_change = weights_alone or any(key == k or key.startswith(k + ".") for k in _MAY_CHANGE)
+        if hindrance and not may_change:
+            raise ConfigError(
+                f"config.{key}={new!r}, but {path} was begun with {old!r}: {hindrance}, or start in another "
+                f"--workdir, with its weights by --config.init.checkpoint={workdir}"
+            )
+        logging.info("config.%s was %r and is %r", key, old, new)
 
 
 def write_whole(path: epath.Path, write: Callable[[epath.Path], object]) -> None:
