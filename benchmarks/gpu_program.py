@@ -81,18 +81,11 @@ def compile_step(c: config.Config, device: Any) -> Any:
     import jax
 
     from coca_jax import sharding
-    from coca_jax.plan.compiled import abstract_batch
-    from coca_jax.train import optimizer as optimizers
-    from coca_jax.train import state as states
-    from coca_jax.train import step
+    from coca_jax.plan.compiled import trace_step
 
     mesh = sharding.make_mesh((1, 1, 1), [device])
-    optimizer = optimizers.of_run(c, states.abstract_parameters(c))
     with jax.set_mesh(mesh):
-        state = states.abstract(c, optimizer, mesh)
-        batch = abstract_batch(c, sharding.batch_sharding(mesh))
-        jitted: Any = step.compile_step(c, optimizer, mesh, state)
-        return jitted.lower(state, batch).compile()
+        return trace_step(c, mesh)[0].lower().compile()
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import re
@@ -35,7 +36,7 @@ class Measured:
       needed: bytes in all, also where they are more than there are; 0 where even that is not known.
       executed_flops: of the matrix products that are computed, those of recomputation and of the optimiser included.
       uncounted: parts whose products cannot be counted (a kernel that does not say), by name.
-      collectives, exposed, hbm, unknown_loops: see hlo.Traffic.
+      collectives, exposed, hbm, hbm_apart, product_cycles, unknown_loops: see hlo.Traffic.
       compile_seconds: how long lowering and compiling took.
       error: why there is no program; empty if there is one.
     """
@@ -47,6 +48,8 @@ class Measured:
     collectives: dict[str, float] = dataclasses.field(default_factory=dict)
     exposed: float = 0.0
     hbm: float = 0.0
+    hbm_apart: float = 0.0
+    product_cycles: float = 0.0
     unknown_loops: int = 0
     compile_seconds: float = 0.0
     error: str = ""
@@ -147,20 +150,12 @@ def compile_on(c: config.Config, mesh: Any) -> Measured:
     """Compiles in this process for a mesh of devices, there or not."""
     import jax
 
-    from coca_jax import sharding
     from coca_jax.plan import activations, hlo, products
-    from coca_jax.train import optimizer as optimizers
-    from coca_jax.train import state as states
-    from coca_jax.train.step import compile_step
 
-    optimizer = optimizers.of_run(c, states.abstract_parameters(c))
     rows = c.batch_size / c.microbatches / (mesh.shape["replica"] * mesh.shape["fsdp"])
     kept = activations.bytes_of_a_row(c, rows) * rows
+    traced, state, batch = trace_step(c, mesh)
     with jax.set_mesh(mesh):
-        state = states.abstract(c, optimizer, mesh)
-        batch = abstract_batch(c, sharding.batch_sharding(mesh))
-        step: Any = compile_step(c, optimizer, mesh, state)
-        traced = step.trace(state, batch)
         count = products.flops(traced.jaxpr.jaxpr, mesh.size)
         started = time.monotonic()
         try:
@@ -175,7 +170,18 @@ def compile_on(c: config.Config, mesh: Any) -> Measured:
             )
         seconds = time.monotonic() - started
         memory = _memory(program.memory_analysis(), state, batch, kept)
-        traffic = hlo.traffic(program.as_text(), mesh.size)
+        try:
+            text = program.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            return Measured(
+                memory=memory,
+                needed=sum(memory.values()),
+                executed_flops=count.flops / mesh.size,
+                uncounted=tuple(sorted(count.unknown)),
+                compile_seconds=seconds,
+                error=unreadable(error),
+            )
+        traffic = hlo.traffic(text, mesh.size)
     return Measured(
         memory=memory,
         needed=sum(memory.values()),
@@ -184,9 +190,38 @@ def compile_on(c: config.Config, mesh: Any) -> Measured:
         collectives=traffic.collectives,
         exposed=traffic.exposed,
         hbm=traffic.hbm,
+        hbm_apart=traffic.hbm_apart,
+        product_cycles=traffic.product_cycles,
         unknown_loops=traffic.unknown_loops,
         compile_seconds=seconds,
     )
+
+
+def unreadable(error: BaseException) -> str:
+    """Why a compiled program has no text, and what helps: libtpu may be newer than what this jaxlib understands."""
+    wanted = [r.split(";")[0].strip() for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")]
+    versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jaxlib", "libtpu"))
+    return (
+        f"compiled, but {versions} do not go together ({_first_line(error)}): pip install '{wanted[0]}', which this "
+        "JAX is released with"
+    )
+
+
+def trace_step(c: config.Config, mesh: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The training step traced for a mesh (a `jax.stages.Traced`), and the shapes of its state and batch."""
+    import jax
+
+    from coca_jax import sharding
+    from coca_jax.train import optimizer as optimizers
+    from coca_jax.train import state as states
+    from coca_jax.train.step import compile_step
+
+    optimizer = optimizers.of_run(c, states.abstract_parameters(c))
+    with jax.set_mesh(mesh):
+        state = states.abstract(c, optimizer, mesh)
+        batch = abstract_batch(c, sharding.batch_sharding(mesh))
+        step: Any = compile_step(c, optimizer, mesh, state)
+        return step.trace(state, batch), state, batch
 
 
 def abstract_batch(c: config.Config, place: Any) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """From a measured program to a plan: does it fit, how long will it take, what does it cost. Times are estimates.
 
-The step is taken to last as long as the slowest of three things that overlap, and then what does not overlap:
+A chip computes one operation after the other, a product or something else, while memory is read ahead and collectives
+run in the background:
 
-    max(executed FLOPs / (efficiency x peak), memory traffic / bandwidth, overlapped collectives / links)
+    max(products + traffic of the rest / bandwidth, all traffic / bandwidth, overlapped collectives / links)
         + collectives that the program waits for / links
 
-after the roofline model (Williams et al. 2009, doi 10.1145/1498765.1498785). Left out: latency, contention on the
-links, the network between slices, input, evaluation, checkpoints, restarts.
+with products = max(executed FLOPs / (efficiency x peak), what the compiler expects of them): for each operation what
+limits it, after the roofline model (Williams et al. 2009, doi 10.1145/1498765.1498785). Left out: latency, the time of
+kernels beyond their products, contention on the links, the network between slices, input, evaluation, checkpoints,
+restarts.
 """
 
 from __future__ import annotations
@@ -72,11 +75,13 @@ class Plan:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of one step, by what would take them: compute, memory, links that overlap with them, links waited for."""
+        """Of one step, by what takes them: products, the rest's memory, all memory, links beside, links waited for."""
         chip, m = self.topology.chip, self.measured
+        peak = chip.peak_tflops * 1e12
         overlapped = sum(m.collectives.values()) - m.exposed
         return {
-            "compute": m.executed_flops / (chip.peak_tflops * 1e12 * self.efficiency),
+            "products": max(m.executed_flops / (peak * self.efficiency), m.product_cycles * chip.cycle_flops / peak),
+            "memory_apart": m.hbm_apart / (chip.hbm_gbs * 1e9),
             "memory": m.hbm / (chip.hbm_gbs * 1e9),
             "interconnect_overlapped": overlapped / (chip.interconnect_gbs * 1e9),
             "interconnect_exposed": m.exposed / (chip.interconnect_gbs * 1e9),
@@ -87,8 +92,8 @@ class Plan:
         """The estimate; None where there is no program."""
         if self.measured.error:
             return None
-        *overlapping, exposed = self.seconds.values()
-        return max(overlapping) + exposed
+        products, apart, *overlapping, exposed = self.seconds.values()
+        return max(products + apart, *overlapping) + exposed
 
     @property
     def mfu(self) -> float | None:
@@ -152,6 +157,8 @@ class Plan:
             "collective_bytes_per_chip": m.collectives,
             "collective_bytes_exposed_per_chip": m.exposed,
             "hbm_bytes_per_chip": m.hbm,
+            "hbm_bytes_apart_per_chip": m.hbm_apart,
+            "product_cycles_per_chip": m.product_cycles,
             "loops_of_unknown_length": m.unknown_loops,
             "estimate": {"efficiency": self.efficiency, "seconds": None if m.error else self.seconds},
             "step_seconds": self.step_seconds,

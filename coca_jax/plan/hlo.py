@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 
@@ -21,6 +21,10 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLS = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_PRODUCTS = ("convolution", "dot")  # a TPU's program has all products as convolutions
+_SENDING = (*COLLECTIVES, *(f"{kind}-start" for kind in COLLECTIVES))
 
 # They move nothing, or what they move is counted where it is used.
 _FREE = {
@@ -39,6 +43,11 @@ class Traffic:
       exposed: the part of it that belongs to collectives which the program waits for on the spot.
       hbm: read from and written to the chip's memory; what stays in its scratch memory is not counted.
       hbm_of: the same by kind of instruction: its opcode, or the target of a custom call.
+      hbm_apart: the part of it that belongs to instructions without a matrix product, but for kernels, collectives and
+        what runs in the background: while it is moved, no product is computed.
+      product_cycles: clock cycles that the compiler expects of the instructions with a matrix product; 0 where it does
+        not say (TPUs' alone does, but for kernels). Their own memory traffic is in it. Not so the compiler's figures
+        for other instructions, which are several times what memory and vector unit would take.
       unknown_loops: loops whose number of rounds is not in the text; they count as one round.
     """
 
@@ -46,6 +55,8 @@ class Traffic:
     exposed: float
     hbm: float
     hbm_of: dict[str, float]
+    hbm_apart: float
+    product_cycles: float
     unknown_loops: int
 
 
@@ -103,17 +114,28 @@ def traffic(text: str, chips: int) -> Traffic:
     computations, entry = _parse(text)
     sent: dict[str, float] = dict.fromkeys(COLLECTIVES, 0.0)
     hbm: dict[str, float] = collections.defaultdict(float)
-    exposed, unknown = 0.0, 0
+    exposed, apart, cycles, unknown = 0.0, 0.0, 0.0, 0
+    multiplying, sending = (_holding(computations, opcodes) for opcodes in (_PRODUCTS, _SENDING))
 
     def visit(name: str, times: float) -> None:
-        nonlocal exposed, unknown
+        nonlocal exposed, apart, cycles, unknown
         for size, kind, waits in _collectives(computations, name, chips):
             sent[kind] += times * size
             exposed += times * size if waits else 0.0
         here = computations[name]
         for instruction in here.values():
-            if moved := _memory(computations, here, instruction):
+            moved = _memory(computations, here, instruction)
+            if moved:
                 hbm[instruction.kind] += times * moved
+            if instruction.opcode in _PRODUCTS or multiplying.intersection(instruction.calls):
+                estimate = _CYCLES.search(instruction.rest)
+                cycles += times * float(estimate.group(1)) if estimate else 0.0
+            elif not (
+                instruction.opcode.endswith("-start")
+                or instruction.opcode in ("custom-call", *_SENDING)
+                or sending.intersection(instruction.calls)
+            ):
+                apart += times * moved
             if instruction.opcode == "while":
                 rounds = _rounds(computations, instruction)
                 unknown += rounds is None
@@ -124,7 +146,21 @@ def traffic(text: str, chips: int) -> Traffic:
                     visit(callee, times)
 
     visit(entry, 1.0)
-    return Traffic(sent, exposed, sum(hbm.values()), dict(hbm), unknown)
+    return Traffic(sent, exposed, sum(hbm.values()), dict(hbm), apart, cycles, unknown)
+
+
+def _holding(computations: dict[str, Computation], opcodes: Sequence[str]) -> set[str]:
+    """The computations with an instruction of these kinds in them or in a fusion of theirs."""
+    found: set[str] = set()
+
+    def holds(i: _Instruction) -> bool:
+        return i.opcode in opcodes or (i.opcode == "fusion" and bool(found.intersection(i.calls)))
+
+    while True:
+        more = {name for name, c in computations.items() if name not in found and any(map(holds, c.values()))}
+        if not more:
+            return found
+        found |= more
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +176,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
             if header and not line.startswith("HloModule"):
                 current = computations[header.group(2)] = {}
                 entry = header.group(2) if header.group(1) else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
         elif found := _NAME.match(line):
             shape, end = _balanced(line, found.end())

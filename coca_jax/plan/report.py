@@ -67,8 +67,9 @@ def page(plan: Plan, name: str) -> str:
     lines += [
         "",
         f"ESTIMATE, not a measurement (matrix products at {plan.efficiency:.0%} of the peak; see docs/planner.md)",
-        f"  {figure(seconds['compute']):>9}  s compute",
-        f"  {figure(seconds['memory']):>9}  s memory, {m.hbm / 1e9:.1f} GB read and written",
+        f"  {figure(seconds['products']):>9}  s matrix products",
+        f"  {figure(seconds['memory_apart']):>9}  s other operations, {m.hbm_apart / 1e9:.1f} GB read and written",
+        f"  {figure(seconds['memory']):>9}  s memory in all, {m.hbm / 1e9:.1f} GB",
         f"  {figure(seconds['interconnect_overlapped']):>9}  s interconnect beside them",
         f"  {figure(seconds['interconnect_exposed']):>9}  s interconnect that is waited for",
         f"  {figure(plan.step_seconds):>9}  s a step: {rate:,.0f} images/s, {rate / topology.chips:.1f} a chip; "

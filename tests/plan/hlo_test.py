@@ -101,6 +101,48 @@ def test_a_tpu_program_is_read() -> None:
     assert traffic.unknown_loops == 0
     # Of the stack one layer a round, the counter (4 + 4, the sum lies elsewhere), then both ends of the last two.
     assert traffic.hbm == 5 * (1024 * 4 + 4 + 4) + 2 * array + 2 * array == sum(traffic.hbm_of.values())
+    assert traffic.hbm_apart == 5 * (1024 * 4 + 4 + 4)  # not the collectives' own
+    scattered = "%scattered.1 = bf16[64,512]{1,0:T(8,128)(2,1)"
+    assert TPU.count(scattered + "S(1)}") == 1
+    there = hlo.traffic(TPU.replace(scattered + "S(1)}", scattered + "}"), 8)
+    assert there.hbm > traffic.hbm and there.hbm_apart == traffic.hbm_apart
+
+
+# A kernel's metadata go over several lines, of which one begins like the end of a computation. Shortened.
+PRODUCTS = """\
+HloModule jit_step, is_scheduled=true
+
+%inner (p.1: bf16[64,128], q.1: bf16[128,32]) -> bf16[64,32] {
+  %p.1 = bf16[64,128]{1,0} parameter(0)
+  %q.1 = bf16[128,32]{1,0} parameter(1)
+  ROOT %convolution.1 = bf16[64,32]{1,0} convolution(%p.1, %q.1), dim_labels=bf_io->bf
+}
+
+%outer (p.2: bf16[64,128], q.2: bf16[128,32]) -> bf16[64,32] {
+  %p.2 = bf16[64,128]{1,0} parameter(0)
+  %q.2 = bf16[128,32]{1,0} parameter(1)
+  %product.1 = bf16[64,32]{1,0} fusion(%p.2, %q.2), kind=kOutput, calls=%inner
+  ROOT %minus.1 = bf16[64,32]{1,0} negate(%product.1)
+}
+
+ENTRY %main (a.1: bf16[64,128], b.1: bf16[128,32]) -> bf16[64,32] {
+  %a.1 = bf16[64,128]{1,0} parameter(0)
+  %b.1 = bf16[128,32]{1,0} parameter(1)
+  %kernel.1 = bf16[64,128]{1,0} custom-call(%a.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256}"
+}}, metadata={op_name="attention"}, backend_config={"flag_configs":[]}
+  %product.2 = bf16[64,32]{1,0} fusion(%kernel.1, %b.1), kind=kOutput, calls=%outer, backend_config={"window_config":{"estimated_cycles":"123"}}
+  ROOT %sum.1 = bf16[64,32]{1,0} add(%product.2, %product.2), backend_config={"window_config":{"estimated_cycles":"77"}}
+}
+"""  # noqa: E501
+
+
+def test_products_are_told_from_the_rest_and_a_kernels_text_does_not_end_the_program() -> None:
+    traffic = hlo.traffic(PRODUCTS, 1)
+    assert traffic.product_cycles == 123
+    a, b, result = 64 * 128 * 2, 128 * 32 * 2, 64 * 32 * 2
+    assert traffic.hbm_of == {"tpu_custom_call": 2 * a, "fusion": a + b + result, "add": 3 * result}
+    assert traffic.hbm_apart == 3 * result
 
 
 def test_a_librarys_workspace_is_not_moved() -> None:
