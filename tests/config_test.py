@@ -167,6 +167,10 @@ BROKEN: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
         on("cpu", model__attention="cudnn", model__dtype="bfloat16"),
         ("config.model.attention='cudnn' runs on a gpu", "this is a cpu", "'xla'"),
     ),
+    "too many keys for flash": (
+        on("tpu", model__attention="flash", model__image__size=504, model__image__patch=14, model__dtype="float32"),
+        ("attention='flash' takes up to 1,024 tokens of float32", "size=504", "gives 1,296", "'xla'"),
+    ),
     "flash elsewhere": (
         on("gpu", model__attention="flash"),
         ("config.model.attention='flash' runs on a tpu", "this is a gpu", "'xla'"),

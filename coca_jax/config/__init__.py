@@ -26,7 +26,7 @@ from coca_jax.config.keys import (
 )
 from coca_jax.config.mesh import dcn_shape, mesh_shape
 from coca_jax.config.reading import check_key, default, from_config_dict, get, to_json
-from coca_jax.config.rules import REMAT, check, check_model
+from coca_jax.config.rules import REMAT, check, check_model, flash_keys
 
 __all__ = [
     "REMAT",
@@ -52,6 +52,7 @@ __all__ = [
     "check_model",
     "dcn_shape",
     "default",
+    "flash_keys",
     "from_config_dict",
     "get",
     "mesh_shape",

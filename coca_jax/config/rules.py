@@ -19,6 +19,10 @@ REMAT = {
     "everything": "kept: the layer's input; computed again: all of the layer that its gradient needs",
 }
 
+# Keys that attention=flash takes of heads up to 128 wide: scores of 128 queries, and what is computed of them, fit in a
+# TPU's scratch memory.
+_FLASH_KEYS = {"bfloat16": 2048, "float32": 1024}
+
 CHOICES = {
     "model.image.position": ("learned", "sincos"),
     "model.text.position": ("learned", "sincos"),
@@ -279,10 +283,6 @@ def _check_bridge(config: Config) -> None:
             f"config.model.bridge.depth={bridge.depth} must be even, every second layer reads the image: "
             f"{bridge.depth - 1 or 2} or {bridge.depth + 1}"
         )
-    if stage == 1 and config.model.attention == "flash":
-        raise ConfigError(
-            "config.model.attention='flash' cannot take the masks of config.model.bridge.stage=1: set it to 'xla'"
-        )
 
 
 def _check_init(init: Init) -> None:
@@ -304,6 +304,11 @@ def _check_init(init: Init) -> None:
             f"config.init.image_size={init.image_size} is for config.init.model='checkpoint': set that, or "
             "config.model.image.size instead"
         )
+
+
+def flash_keys(dtype: str, width: int) -> int:
+    """How many keys attention=flash takes of heads of a width: half as many where they fill two registers."""
+    return _FLASH_KEYS[dtype] // -(-width // 128)
 
 
 def check_model(model: Model) -> None:
@@ -339,6 +344,26 @@ def check_model(model: Model) -> None:
             f"config.model.attention='cudnn' computes in bfloat16, and config.model.dtype={model.dtype!r}: set dtype "
             "to 'bfloat16', or attention to 'xla'"
         )
+    if model.attention == "flash":
+        tokens = (image.size // image.patch) ** 2 + image.class_token
+        of_image = f"model.image.size={image.size} in patches of {image.patch}"
+        bridge, frames = model.bridge, model.head.frames
+        for keys, width, of in (
+            (tokens, image.width // image.heads, of_image),
+            (tokens * frames, text.width // model.pooler.heads, f"{of_image}, model.head.frames={frames},"),
+            (text.length + 1, text.width // text.heads, f"model.text.length={text.length}"),
+            (model.pooler.queries, text.width // text.heads, f"model.pooler.queries={model.pooler.queries}"),
+            (
+                (bridge.queries + 2 * text.length) if bridge.stage else 0,
+                bridge.width // bridge.heads,
+                f"model.bridge.queries={bridge.queries}, with model.text.length={text.length} twice,",
+            ),
+        ):
+            if keys > (most := flash_keys(model.dtype, width)):
+                raise ConfigError(
+                    f"config.model.attention='flash' takes up to {most:,} tokens of {model.dtype} with heads {width} "
+                    f"wide, and config.{of} gives {keys:,}: set attention to 'xla'"
+                )
     if image.position == "sincos" and image.width % 4:
         raise ConfigError(f"config.model.image.width={image.width} must be a multiple of 4 for position=sincos")
     if text.position == "sincos" and text.width % 2:

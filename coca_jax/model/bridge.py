@@ -141,7 +141,7 @@ class Bridge(nn.Module):
         All see all. The mean over the queries of what a linear layer makes of each, which is that of their mean.
         """
         allowed = seen_by_all(tokens, self.model.text.pad_id, self.model.bridge.queries)
-        queries, _ = self._run(image, self._embed(tokens, cls=True), Mask(allowed))
+        queries, _ = self._run(image, self._embed(tokens, cls=True), allowed)
         return self.matching(jnp.mean(queries, axis=1))
 
     def head(self) -> Float[Array, "d v"]:
@@ -188,7 +188,7 @@ def who_sees_whom(tokens: Int[Array, "b t"], pad_id: int, kinds: tuple[int, ...]
     sees, seen = (kind[:, None], place[:, None]), (kind[None], place[None])
     own = (sees[0] == seen[0]) & ((sees[0] != WRITTEN) | (sees[1] >= seen[1]))
     allowed = own | ((sees[0] == WRITTEN) & (seen[0] == QUERY))
-    return Mask(allowed[None, None] & seen_by_all(tokens, pad_id, queries, len(kinds)))
+    return allowed[None, None] & seen_by_all(tokens, pad_id, queries, len(kinds))
 
 
 def seen_by_all(tokens: Int[Array, "b t"], pad_id: int, queries: int, texts: int = 1) -> Bool[Array, "b 1 s s"]:

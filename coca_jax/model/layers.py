@@ -116,8 +116,7 @@ class Attention(nn.Module):
         rows, length = x.shape[:2]
         if rows != keys.shape[0]:
             x = x.reshape(keys.shape[0], -1, x.shape[2])
-        allowed = None if mask is None else mask.allowed
-        x = self._join(attend_cached(self._split(self.query(x)), keys, values, allowed))
+        x = self._join(attend_cached(self._split(self.query(x)), keys, values, mask))
         return x if x.shape[0] == rows else x.reshape(rows, length, -1)
 
     def __call__(

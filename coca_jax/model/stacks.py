@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from coca_jax.model.attention import KERNEL_RESIDUALS
+from coca_jax.model.attention import KERNEL_OUTPUT
 
 _keep = jax.checkpoint_policies
-# What config.REMAT says is kept. The flash kernel's output is kept with the products: running it again costs more.
+# What config.REMAT says is kept. The TPU kernel's output is kept with the products: running it again costs more.
 _REMAT = {
     "dots": _keep.save_from_both_policies(
-        _keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(KERNEL_RESIDUALS)
+        _keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(KERNEL_OUTPUT)
     ),
-    "qkv": _keep.save_only_these_names("qkv", "outputs", KERNEL_RESIDUALS),
+    "qkv": _keep.save_only_these_names("qkv", "outputs", KERNEL_OUTPUT),
     "outputs": _keep.save_only_these_names("outputs"),
     "everything": _keep.nothing_saveable,
 }

@@ -145,7 +145,7 @@ class TextDecoder(nn.Module):
         assert cache.multimodal is not None  # n_multi=0 has nothing to decode with
         s, m = tokens.shape[1], cache.length
         position = cache.index + jnp.arange(s)
-        mask = Mask((jnp.arange(m)[None, :] <= position[:, None])[None, None])
+        mask = (jnp.arange(m)[None, :] <= position[:, None])[None, None]
         x = self.embed(tokens, cache.index)
         x, unimodal = self.unimodal.step(x, cache.unimodal, None, mask, cache.index)
         x, multimodal = self.multimodal.step(x, cache.multimodal, image_tokens, mask, cache.index)
@@ -232,9 +232,6 @@ def cls_mask(tokens: Int[Array, "b t"], pad_id: int, kind: str) -> Mask:
       kind: `full`: [CLS] sees the tokens that are not padding, and itself. `legacy`: open_clip's, whose key mask is
         shifted by one (`[True, tokens != pad]`), so that [CLS] sees one padding position and, if there is padding, not
         itself.
-
-    As segments, what [CLS] sees and [CLS] are one, and the padding that it does not see is another, whose outputs are
-    then not those of `allowed`. No token that counts sees them: text is padded behind.
     """
     real = tokens != pad_id
     always = jnp.ones_like(real[:, :1])
@@ -242,9 +239,7 @@ def cls_mask(tokens: Int[Array, "b t"], pad_id: int, kind: str) -> Mask:
     s = seen.shape[1]
     causal = jnp.tril(jnp.ones((s, s), bool))[None]
     is_cls = (jnp.arange(s) == s - 1)[None, :, None]
-    allowed = jnp.where(is_cls, seen[:, None, :], causal)[:, None]
-    keys = seen.astype(jnp.int32)
-    return Mask(allowed, query_segments=keys.at[:, -1].set(1), key_segments=keys)
+    return jnp.where(is_cls, seen[:, None, :], causal)[:, None]
 
 
 def last_place(tokens: Any, pad_id: int) -> Any:

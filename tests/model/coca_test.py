@@ -104,7 +104,7 @@ def test_legacy_cls_mask_is_shifted_by_one() -> None:
     from coca_jax.model.text_decoder import cls_mask
 
     tokens = jnp.array([[5, 6, 0, 0], [5, 6, 7, 8]])
-    full, legacy = (np.asarray(cls_mask(tokens, 0, kind).allowed)[:, 0] for kind in ("full", "legacy"))
+    full, legacy = (np.asarray(cls_mask(tokens, 0, kind))[:, 0] for kind in ("full", "legacy"))
     assert full[:, -1].tolist() == [[True, True, False, False, True], [True] * 5]
     assert legacy[:, -1].tolist() == [[True, True, True, False, False], [True] * 5]
     for mask in (full, legacy):
