@@ -7,16 +7,18 @@ import importlib.util
 import json
 import pathlib
 import re
+import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import floor, gpu_program, relatives, scaling, trace, train_step, turns
+from benchmarks import floor, gpu_program, relatives, scaling, tpu_program, trace, train_step, turns
 from coca_jax import config
-from coca_jax.model import flops
+from coca_jax.model import attention, flops
 
 EVENTS = [trace.Event("a", 0.0, 2.0), trace.Event("b", 1.0, 3.0), trace.Event("c", 5.0, 6.0)]
 
@@ -155,3 +157,31 @@ def test_the_parts_of_a_step_are_most_of_its_products() -> None:
 def test_a_missing_compiler_for_gpus_is_said() -> None:
     with pytest.raises(SystemExit, match=re.escape('pip install "coca_jax[gpu]"')):
         gpu_program.devices()
+
+
+def test_kernels_are_found_as_often_as_they_are_called() -> None:
+    def loss(x: Any) -> Any:
+        def layer(x: Any, _: Any) -> Any:
+            return attention.attend(x, x, x, implementation="flash"), None
+
+        return jnp.sum(jax.lax.scan(layer, x, None, length=3)[0] ** 2)
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(jnp.zeros((2, 20, 2, 8))).jaxpr
+    calls = [
+        (e.params["name"], times, e.params["grid_mapping"].grid) for e, times in tpu_program.pallas_calls(jaxpr, 1)
+    ]
+    assert calls == [("attention", 3, (2, 1, 1)), ("attention_backward", 3, (2, 1, 1))]  # a call for each row
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled_for_a_tpu_that_is_not_there() -> None:
+    pytest.importorskip("libtpu", reason="compiles for TPUs with libtpu: pip install libtpu")
+    command = [sys.executable, "-m", "benchmarks.tpu_program", "--config=configs/debug.py", "--batch=8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert not done.returncode, done.stderr
+    names = ("state GiB", "program GiB", "TFLOP", "products", "kernels", "rest GB", "rest", "all")
+    xla, flash = (dict(zip(names, map(float, row.split()[1:9]), strict=True)) for row in done.stdout.splitlines()[-2:])
+    assert xla["kernels"] == 0 < flash["kernels"], done.stdout
+    for row in (xla, flash):
+        assert row["products"] > 0 and row["rest"] > 0, done.stdout
+        assert row["all"] == pytest.approx(row["products"] + row["kernels"] + row["rest"], abs=2e-3)
