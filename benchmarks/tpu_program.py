@@ -68,8 +68,8 @@ def variant(args: argparse.Namespace, changes: str) -> config.Config:
     return c
 
 
-def mesh_of(one: topology.Topology) -> Any:
-    """A mesh of one chip.
+def mesh_of(four: topology.Topology) -> Any:
+    """A mesh of one chip of those of a host.
 
     Raises:
       SystemExit: libtpu is not installed.
@@ -80,36 +80,40 @@ def mesh_of(one: topology.Topology) -> Any:
     from coca_jax import sharding
 
     try:
-        devices = topologies.get_topology_desc(**one.options()).devices
+        devices = topologies.get_topology_desc(**four.options()).devices
     except jax.errors.JaxRuntimeError as error:
         raise SystemExit(f'error: {error}: pip install "coca_jax[plan]"') from error
-    return sharding.make_mesh((1, 1, 1), devices)
+    return sharding.make_mesh((1, 1, 1), devices[:1])
 
 
 def main() -> None:
     args = parse()
-    one = topology.read(f"{args.chip}:1x1")
-    mesh, chip = mesh_of(one), one.chip
+    four = topology.read(f"{args.chip}:2x2")
+    mesh, chip = mesh_of(four), four.chip
     if args.kernels:
         print(json.dumps(schedules(variant(args, args.ours[0]), mesh, Path(args.kernels))))
         return
     import jax
 
     from coca_jax.model import flops
-    from coca_jax.plan.compiled import trace_step
+    from coca_jax.plan.compiled import trace_step, unreadable
 
     print(f"{args.config}, batch {args.batch}, {args.chip}, not run; jax {jax.__version__}, ", end="")
     print(f"{datetime.date.today()}; peak {chip.peak_tflops} TFLOP/s, {chip.hbm_gbs} GB/s")
     print(f"{'':24}{''.join(f'{name:>12}' for name in COLUMNS)}{'compiled in s':>15}", flush=True)
     clock = chip.peak_tflops * 1e12 / chip.cycle_flops
-    for text in args.ours or ["xla:", "flash: model.attention=flash"]:
-        name, _, changes = text.partition(":")
+    for asked in args.ours or ["xla:", "flash: model.attention=flash"]:
+        name, _, changes = asked.partition(":")
         c = variant(args, changes)
         started = time.monotonic()
         with jax.set_mesh(mesh):
             program = trace_step(c, mesh)[0].lower().compile()
         seconds = time.monotonic() - started
-        memory, traffic = program.memory_analysis(), hlo.traffic(program.as_text(), 1)
+        try:
+            text = program.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            sys.exit(f"error: {name}: {unreadable(error)}")
+        memory, traffic = program.memory_analysis(), hlo.traffic(text, 1)
         kernels = sum(cycles for _, cycles in in_another_process(args, changes)) / clock
         products, rest = traffic.product_cycles / clock, traffic.hbm_apart / (chip.hbm_gbs * GB)
         wanted, in_all = flops.of_step(c) / (chip.peak_tflops * 1e12), products + kernels + rest
