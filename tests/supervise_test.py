@@ -103,6 +103,7 @@ def test_an_error_is_final_and_restarts_end(tmp_path: pathlib.Path) -> None:
     process.communicate()
 
 
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_end_it_asks_and_ends(tmp_path: pathlib.Path, number: signal.Signals) -> None:
     process = supervise(tmp_path, "wait", 1, "--grace=20")

@@ -65,6 +65,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("place", PLACES)
 def test_with_nothing_to_save_it_ends_wherever_it_is(place: str) -> None:
     done = ended(PLACES[place])
@@ -110,6 +111,7 @@ def test_it_is_noted_and_polled_and_a_second_ctrl_c_interrupts() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("hangup")
 def test_a_terminal_that_goes_away_asks_too(tmp_path: pathlib.Path) -> None:
     """And printing to it ends nothing before all is saved: by SIGHUP, or by a supervisor's SIGTERM."""
     for number in (signal.SIGHUP, signal.SIGTERM):
