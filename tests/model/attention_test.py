@@ -73,19 +73,20 @@ LAYOUTS = {
     "an odd one": (3, 64, 33, 129),
     "one in two": (2, 192, 7, 7),
     "one that fills none": (2, 88, 20, 20),
-    "four in one": (4, 32, 600, 600),
+    "four in one": (4, 32, 400, 700),
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("name", "is_causal"), [*((name, False) for name in LAYOUTS), ("two in one", True), ("four in one", True)]
+)
 def test_heads_of_any_width(name: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what lies in memory behind an array is never read: the interpreter has NaN there."""
     monkeypatch.setattr(tpu_attention, "INTERPRET", True)
     heads, k, s, m = LAYOUTS[name]
     case = {"s": s, "m": s if is_causal else m, "is_causal": is_causal}
     found, expected = (result_and_gradients(which, case, k=k, heads=heads) for which in ("flash", "xla"))
-    assert_close(found, expected, 5e-6)  # sums of up to 600 float32 numbers in another order
+    assert_close(found, expected, 5e-6)  # sums of up to 700 float32 numbers in another order
 
 
 def test_bfloat16_is_rounded_no_more_than_by_xla(monkeypatch: pytest.MonkeyPatch) -> None:
