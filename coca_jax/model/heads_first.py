@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from coca_jax.model.products import copied
 
 # The score of what is not allowed. Not infinity: a query that sees no key has equal weights and not NaN, as in JAX's.
-_HIDDEN = -0.7 * float(np.finfo(np.float32).max)
+HIDDEN = -0.7 * float(np.finfo(np.float32).max)
 
 
 def attend(
@@ -67,7 +67,7 @@ def _shares(
 ) -> Float[Array, "b h s m"]:
     scores = _multiply(query, keys, 3, 3) * query.shape[-1] ** -0.5
     if allowed is not None:
-        scores = jnp.where(allowed, scores, _HIDDEN)
+        scores = jnp.where(allowed, scores, HIDDEN)
     return jax.nn.softmax(scores, axis=-1)
 
 

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
@@ -33,6 +32,7 @@ from jaxtyping import Array, Bool, Float
 
 from coca_jax import config
 from coca_jax.model.attention import KERNEL_OUTPUT
+from coca_jax.model.heads_first import HIDDEN
 
 # Runs the kernels step by step in XLA, on any platform: for tests. Orders of magnitude slower.
 INTERPRET = False
@@ -40,7 +40,6 @@ LANES = 128  # of a TPU's vector unit
 _SCORES = 2**18  # of one head that are computed at a time, 1 MiB
 _HEADS = 8  # that one call of a kernel goes through: each is code of its own
 _BLOCKS = 6 * 2**20  # bytes that one call of the backward pass may hold of all arrays, where that is possible
-_HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # of what is not allowed; see heads_first.py
 
 
 def attend(
@@ -189,14 +188,10 @@ class _Blocks:
     def mask(self, *, turned: bool) -> Sequence[pl.BlockSpec]:
         if self._mask is None:
             return ()
-        one = self._mask.shape[0] == 1
-        sizes = (1, self._shape.queries, self._shape.keys)
-
-        def at(row: Any, column: Any, part: Any) -> Any:
-            row = 0 if one else row
-            return (row, 0, part) if turned else (row, part, 0)
-
-        return (pl.BlockSpec((1, *sizes[:0:-1]) if turned else sizes, at),)
+        one, queries, keys = self._mask.shape[0] == 1, self._shape.queries, self._shape.keys
+        if turned:
+            return (pl.BlockSpec((1, keys, queries), lambda row, column, part: (0 if one else row, 0, part)),)
+        return (pl.BlockSpec((1, queries, keys), lambda row, column, part: (0 if one else row, part, 0)),)
 
 
 def _forward_kernel(shape: _Shape, query_ref: Any, keys_ref: Any, values_ref: Any, *rest: Any) -> None:
@@ -330,7 +325,7 @@ def _allowed(shape: _Shape, mask_ref: Sequence[Any], *, queries: int) -> Array |
 
 def _hide(shape: _Shape, scores: Array, allowed: Array | None, *, queries: int) -> Array:
     if allowed is not None:
-        scores = jnp.where(allowed, scores, _HIDDEN)
+        scores = jnp.where(allowed, scores, HIDDEN)
     if shape.m < shape.keys:  # keys that are not there: less than any other, so that they have no share in any case
         there = lax.broadcasted_iota(jnp.int32, scores.shape, 1 - queries) < shape.m
         scores = jnp.where(there, scores, -jnp.inf)

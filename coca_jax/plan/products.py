@@ -13,7 +13,7 @@ from jax.interpreters import partial_eval
 
 
 class Count(NamedTuple):
-    """Operations, and names of what could not be counted: convolutions, kernels and loops of unknown length."""
+    """Operations, and names of what could not be counted: kernels without an estimate, loops of unknown length."""
 
     flops: float
     unknown: dict[str, int]
@@ -25,8 +25,7 @@ def flops(jaxpr: Any, devices: int = 1) -> Count:
     What no result needs is left out, as the compiler leaves it out.
 
     Args:
-      jaxpr: a `jax.core.Jaxpr`; scans count as often as they run. A kernel counts what it says of itself, or else its
-        text for every place of its grid: in causal attention also for blocks that it passes over.
+      jaxpr: a `jax.core.Jaxpr`; scans count as often as they run.
       devices: that a `shard_map` inside runs on, where its mesh does not say.
     """
     unknown: collections.Counter[str] = collections.Counter()
@@ -40,13 +39,9 @@ def flops(jaxpr: Any, devices: int = 1) -> Count:
             elif name == "conv_general_dilated":
                 unknown[name] += 1
             elif name == "pallas_call":
-                estimate, grid = parameters.get("cost_estimate"), parameters["grid_mapping"].grid
-                if estimate is not None:
-                    total += times * estimate.flops
-                elif all(isinstance(size, int) for size in grid):
-                    total += count(parameters["jaxpr"], times * math.prod(grid))
-                else:  # the grid is known when it runs
-                    unknown[f"kernel {parameters.get('name', '')}"] += 1
+                estimate = parameters.get("cost_estimate")
+                total += times * (estimate.flops if estimate is not None else 0)
+                unknown[f"kernel {parameters.get('name', '')}"] += estimate is None
             else:
                 more = times
                 if name == "scan":
