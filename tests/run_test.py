@@ -83,6 +83,7 @@ def test_started_again_it_says_that_it_is_complete(
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_made_longer_has_the_bits_of_one_that_was_so_long(recipe: Any, tmp_path: pathlib.Path) -> None:
     longer = recipe.copy_and_resolve_references()
     longer.evaluate.update(splits=(), zero_shot="", every=0, best="", captions=0)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from coca_jax import generate
 from coca_jax.config import Optimizer
@@ -80,6 +81,7 @@ def test_a_shorter_length_cuts() -> None:
     np.testing.assert_array_equal(short, full[:, :4])
 
 
+@pytest.mark.slow
 def test_eight_pairs_are_learned_by_heart_and_said_word_for_word() -> None:
     names = pairs.examples()[::2]
     captions = [pairs.caption(*name) for name in names]

@@ -50,13 +50,10 @@ def check_equal(c: config.Config, count: int) -> None:
     assert_equal(compute(tiny.replace(c, microbatches=count), params, batch), wanted)
 
 
-# With both halves: on eight devices, below.
 CASES = {
+    "both halves in 2": (weighted(1.0, 2.0), 2),
     "sigmoid alone": (weighted(1.0, 0.0, "sigmoid"), 2),
     "captions alone": (weighted(0.0, 2.0), 2),
-}
-MORE = {
-    "both halves in 2": (weighted(1.0, 2.0), 2),
     "both halves in 4": (weighted(1.0, 2.0), 4),
     "both halves, one example each": (weighted(1.0, 2.0), 8),
     "both halves, sigmoid in tiles": (weighted(1.0, 2.0, "sigmoid", loss__contrastive_tile=3), 4),
@@ -69,15 +66,11 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (i > 0)) for i, name in enumerate(CASES)]
+)
 def test_gradients_and_metrics_are_those_of_the_whole_batch(name: str) -> None:
     check_equal(*CASES[name])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MORE)
-def test_gradients_and_metrics_are_those_of_the_whole_batch_in_every_form(name: str) -> None:
-    check_equal(*MORE[name])
 
 
 def test_a_microbatch_has_as_many_rows_of_every_device() -> None:

@@ -95,7 +95,7 @@ def started(c: config.Config) -> tuple[Any, Any]:
     return now, steps.compile_step(c, tx, MESH, now)
 
 
-@pytest.mark.parametrize(("name", "microbatches"), [("adamw", 1), ("adafactor", 2)])
+@pytest.mark.parametrize(("name", "microbatches"), [("adamw", 1), pytest.param("adafactor", 2, marks=pytest.mark.slow)])
 def test_an_injected_nan_leaves_everything_as_it_was(
     monkeypatch: pytest.MonkeyPatch, name: str, microbatches: int
 ) -> None:
@@ -135,6 +135,7 @@ def test_an_injected_nan_leaves_everything_as_it_was(
     assert seen[4]["learning_rate"] == seen[6]["learning_rate"] == seen[1]["learning_rate"]
 
 
+@pytest.mark.slow
 def test_its_cost_is_negligible(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the compiled program of the small model, in which parameters weigh more than in any real one."""
 
@@ -181,6 +182,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return c
 
 
+@pytest.mark.slow
 def test_a_poisoned_record_stops_a_run_that_names_it(poisoned: Any, tmp_path: pathlib.Path) -> None:
     c = poisoned.copy_and_resolve_references()
     going_on = tmp_path / "going on"  # one epoch and a half: it comes once, or twice, and the run goes on

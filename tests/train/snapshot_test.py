@@ -73,6 +73,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return c
 
 
+@pytest.mark.slow
 def test_the_same_is_saved_without_room_for_a_copy(
     recipe: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

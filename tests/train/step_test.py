@@ -154,9 +154,9 @@ def test_moving_average_follows_the_parameters() -> None:
     ("name", "dtypes", "param_dtype"),
     [
         ("adamw", ("float32", "float32"), "float32"),
-        ("adafactor", ("float32", "float32"), "float32"),
-        ("muon", ("bfloat16", "bfloat16"), "float32"),
-        ("adafactor", ("bfloat16", "float32"), "bfloat16"),
+        pytest.param("adafactor", ("float32", "float32"), "float32", marks=pytest.mark.slow),
+        pytest.param("muon", ("bfloat16", "bfloat16"), "float32", marks=pytest.mark.slow),
+        pytest.param("adafactor", ("bfloat16", "float32"), "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_each_optimizer_lowers_the_loss(name: str, dtypes: tuple[str, str], param_dtype: str) -> None:

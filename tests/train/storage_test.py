@@ -143,6 +143,19 @@ def test_a_save_that_fails_is_said_and_made_up_for(
     assert found and int(found[0].step) == 5
 
 
+def test_what_failed_saves_leave_late_is_removed_after_the_next_good_one(
+    tmp_path: pathlib.Path,
+    fresh: Any,  # noqa: F811
+) -> None:
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(tmp_path, KEEP) as checkpoints:
+        for name in ("4.orbax-checkpoint-tmp", "6.orbax-checkpoint-tmp"):  # 6: as one that is being written
+            (folder / name / "state").mkdir(parents=True)
+        save(checkpoints, at(fresh, 5))
+        checkpoints.wait()
+        assert {path.name for path in folder.iterdir()} == {"5", "6.orbax-checkpoint-tmp"}
+
+
 def test_the_last_save_of_a_run_waits_for_the_disk(
     tmp_path: pathlib.Path,
     fresh: Any,  # noqa: F811

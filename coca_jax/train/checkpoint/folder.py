@@ -82,13 +82,13 @@ class Folder:
     def unfinished(self, step: int) -> epath.Path:
         """Where a step is being written."""
         for path in self.path.iterdir():
-            if path.name.startswith(f"{step}{_UNFINISHED}"):
+            if _unfinished_step(path) == step:
                 return path
         return self.path / str(step)
 
     def _remove_unfinished(self, step: int) -> None:
         for path in list(self.path.iterdir()):
-            if path.name.startswith(f"{step}{_UNFINISHED}"):
+            if _unfinished_step(path) == step:
                 path.rmtree()
 
     def set_aside(self, step: int, reason: str) -> epath.Path | None:
@@ -135,7 +135,10 @@ class Folder:
         self._metrics[step] = metrics
 
     def remove_old(self) -> None:
-        """Removes the steps that are not to be kept: none before the newest one was seen to be good."""
+        """Removes the steps that are not to be kept, and what was not finished of earlier ones.
+
+        None before the newest one was seen to be good.
+        """
         try:
             steps = self.all()
             assert self._c
@@ -145,6 +148,10 @@ class Folder:
             for step in steps:
                 if step not in keep:
                     (self.path / str(step)).rmtree()
+            # A save that failed leaves writes that were begun with the one that did, and may end after `set_aside`.
+            for path in list(self.path.iterdir()):
+                if (unfinished := _unfinished_step(path)) is not None and unfinished < max(self._good):
+                    path.rmtree()
         except Exception as error:
             logging.warning("%s: an old checkpoint cannot be removed: %s", self.path, one_line(error))
 
@@ -158,6 +165,12 @@ class Folder:
         less = any(word in self._best for word in ("loss", "rank", "perplexity"))
         values = {step: found[self._best] for step in steps if (found := self._metrics[step]) and self._best in found}
         return sorted(values, key=lambda step: (-values[step] if less else values[step], step))[-self._c.keep_best :]
+
+
+def _unfinished_step(path: epath.Path) -> int | None:
+    """Of which step this is an unfinished folder; None where it is of none."""
+    number, unfinished, _ = path.name.partition(_UNFINISHED)
+    return int(number) if unfinished and number.isdecimal() else None
 
 
 def read_metrics(folder: epath.Path) -> dict[str, float] | None:
