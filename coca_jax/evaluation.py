@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -22,7 +21,7 @@ from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import asked, pieces, report, suite, tables
 from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.train import state as states
-from coca_jax.train.checkpoint import CheckpointError, reachable
+from coca_jax.train.checkpoint import CheckpointError, digest, reachable
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.txt"
@@ -89,6 +88,8 @@ def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step:
         )
     asked.check(c, opened, None)
     params = _place(weights, c, mesh)
+    values = digest.of_whole(digest.combined(distributed.gather(digest.of_process(params))))
+    model = {"checkpoint": checkpoint, "step": weights.step, "weights": values}
     names = suite.split_names(list(opened))
     everything: dict[str, float] = {}
     for spec, name in names.items():
@@ -104,7 +105,7 @@ def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step:
             mesh,
             params,
             weights,
-            checkpoint,
+            model,
         )
         everything |= {_renamed(key, spec, name): value for key, value in metrics.items()}
     if distributed.is_first():
@@ -150,17 +151,16 @@ def _evaluate(
     mesh: jax.sharding.Mesh,
     params: states.Parameters,
     weights: Weights,
-    checkpoint: str,
+    model: Mapping[str, Any],
 ) -> dict[str, float]:
     """The measures on one source, from the folder where they are there already."""
     assert weights.tokenizer is not None
     identity = {
-        "checkpoint": checkpoint,
-        "step": weights.step,
-        "weights": _sample(params, mesh),
+        **model,
         "source": source.fingerprint(),
         "evaluate": dataclasses.asdict(c.evaluate),
-    } | _reading(c, weights.tokenizer, weights.labels)
+        **_reading(c, weights.tokenizer, weights.labels),
+    }
     path = folder / RESULTS_FILE
     if known := distributed.gather(_known(path, json.loads(json.dumps(identity))))[0]:
         return dict(known)
@@ -190,20 +190,6 @@ def _evaluate(
         partial.replace(path)
     begun.remove()
     return results.metrics
-
-
-def _sample(params: states.Parameters, mesh: jax.sharding.Mesh) -> str:
-    """A few values of every array, as a digest: another checkpoint under the same name is told apart."""
-
-    def some(params: states.Parameters) -> list[jax.Array]:
-        return [jnp.atleast_1d(leaf[(0,) * max(0, leaf.ndim - 1)])[:8] for leaf in jax.tree.leaves(params)]
-
-    with jax.set_mesh(mesh):
-        values = jax.jit(some, out_shardings=sharding.replicated(mesh))(params)
-    digest = hashlib.sha256()
-    for value in values:
-        digest.update(np.asarray(value.addressable_data(0)).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _reading(c: config.Config, tokenizer: Tokenizer, labels: Sequence[str]) -> dict[str, Any]:

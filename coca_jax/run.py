@@ -149,10 +149,8 @@ def _run(
         try:
             report.write(workdir, c, results, parameters=parameters, seconds=seconds, attribution=source.attribution)
         except OSError as error:
-            return (
-                f"error: the report cannot be written ({error}); the model is trained and saved: make room, and start "
-                "again to write it"
-            )
+            done = "the figures are those above" if evaluate_only else "the model is trained and saved"
+            return f"error: the report cannot be written ({error}); {done}: make room, and start again to write it"
         print(f"report: {page}")
     return 0
 

@@ -82,6 +82,7 @@ runpy.run_module(sys.argv[0], run_name="__main__")
         (["coca_jax.convert", "--input={here}/no", "--output={here}/out"], "jax"),
         (["coca_jax.convert", "--input={here}/no", "--output={here}/out"], "coca_jax.stored"),
         (["coca_jax.checkpoint", "list", "{here}"], "jax"),
+        (["coca_jax.data.prepare", "describe", "{here}"], "grain"),
         pytest.param(
             *(["coca_jax.demo", "--checkpoint={here}/no"], "jax"),
             marks=pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="the demo needs gradio"),

@@ -228,9 +228,17 @@ def test_what_cannot_be_loaded_says_why(workdir: pathlib.Path, tmp_path: pathlib
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         coca_jax.load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="damaged"):
-        coca_jax.load(tmp_path)
+    for text, said in (
+        ("{", "is damaged"),
+        ("[1]", r"is of another version, or was changed since: config=\[1\]"),
+        (
+            '{"stepz": 3}',
+            "is of another version, or was changed since: config.stepz is not a key; near it: config.steps",
+        ),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"config\.json {said}"):
+            coca_jax.load(tmp_path)
 
 
 def test_evaluation_alone_gives_the_same_figures(recipe: Any, workdir: pathlib.Path) -> None:

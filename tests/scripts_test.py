@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import pyarrow.parquet
 import pytest
+from flax import traverse_util
 
 import coca_jax
 from coca_jax import config, pictures
@@ -242,7 +243,11 @@ def test_what_another_model_at_the_same_path_and_step_has_begun_is_refused(
 ) -> None:
     coca = coca_jax.load(model)
     assert coca.digest() == coca_jax.load(model).digest()
-    changed = dict(coca.params, contrastive_pooler=jax.tree.map(lambda x: x + 1, coca.params["contrastive_pooler"]))
+    flat = traverse_util.flatten_dict(coca.params, sep="/")
+    path = "image_encoder/blocks/mlp/down/kernel"
+    flat[path] = flat[path].copy()
+    flat[path][-1, -1, -1] += 1  # one value of all
+    changed = traverse_util.unflatten_dict(flat, sep="/")
     weights = Weights(coca.config, coca.params, coca.tokenizer, coca.step)
     others = [dataclasses.replace(weights, params=changed)]
     others += [dataclasses.replace(weights, config=tiny.replace(coca.config, data__mean=(0.4, 0.5, 0.5)))]

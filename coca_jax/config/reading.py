@@ -63,7 +63,7 @@ def _known(key: str, hints: Mapping[str, Any], path: str) -> None:
 
 def _freeze(cls: type, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"config.{path.rstrip('.')}={values!r} is not a group of keys")
+        raise ConfigError(f"{f'config.{path}'.rstrip('.')}={values!r} is not a group of keys")
     hints = typing.get_type_hints(cls)
     for key in values:
         _known(key, hints, path)

@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from coca_jax.data import emoji, emoji_art, images, prepare
+from coca_jax.data import emoji, emoji_art, images
+from coca_jax.data.prepare.command import main
 from coca_jax.data.records import DataError
 from coca_jax.data.sources import open_source
 from coca_jax.data.tokenizer import Tokenizer
@@ -347,16 +348,16 @@ def test_the_command(emoji_cache):
 
 
 def test_the_command_line(few_pictures, tmp_path, capsys):
-    assert prepare.main(["emoji", f"--out={tmp_path / 'set'}"]) == 0
+    assert main(["emoji", f"--out={tmp_path / 'set'}"]) == 0
     assert str(tmp_path / "set") in capsys.readouterr().out
-    assert prepare.main(["emoji", f"--out={tmp_path / 'set'}", "--describe"]) == 0
+    assert main(["emoji", f"--out={tmp_path / 'set'}", "--describe"]) == 0
     (tmp_path / "set" / "tokenizer.model").unlink()
-    assert prepare.main(["emoji", f"--out={tmp_path / 'set'}", "--describe"]) == 1
+    assert main(["emoji", f"--out={tmp_path / 'set'}", "--describe"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "tokenizer.model" in error and error.count("\n") == 1
     with pytest.raises(SystemExit) as stop:
-        prepare.main(["--help"])
+        main(["--help"])
     assert stop.value.code == 0
     with pytest.raises(SystemExit) as stop:
-        prepare.main([])
+        main([])
     assert stop.value.code == 2

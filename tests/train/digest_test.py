@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,3 +71,19 @@ def test_a_tree_of_device_and_host_arrays() -> None:
     halves = [{"x": {"0": 2**63}}, {"x": {"0": 2**63 + 5, "1": 1}}]
     assert digest.combined(halves) == {"x": {0: 5, 1: 1}}
     assert jax.tree.leaves(sums)
+
+
+def test_one_text_for_a_whole_tree() -> None:
+    a, b = drawn((4, 6), "float32"), {"c": drawn((3,), "bfloat16")}
+
+    def text(tree: Any) -> str:
+        return digest.of_whole(digest.combined([digest.of_process(tree)]))
+
+    wanted = text({"a": a, "b": b})
+    assert text(jax.tree.map(jnp.asarray, {"b": b, "a": a})) == wanted
+    other = a.copy()
+    other.view(np.uint32)[3, 5] ^= np.uint32(1)  # the last bit of the last value
+    assert len({wanted, text({"a": other, "b": b}), text({"z": a, "b": b})}) == 3
+    # Of process 0's half and of process 1's, each there twice.
+    halves = [{"a": {"1": 3, "0": 3}}, {"a": {"0": 4, "1": 4}}]
+    assert digest.of_whole(digest.combined(halves)) == digest.of_whole({"a": {0: 7}})

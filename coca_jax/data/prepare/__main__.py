@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 
 from coca_jax import commandline
-from coca_jax.data.prepare.command import main
+
+with commandline.starting():
+    from coca_jax.data.prepare.command import main
 
 if __name__ == "__main__":
     commandline.printable()

@@ -11,6 +11,8 @@ sum; what else goes wrong by accident is missed about once in 2^32 times or less
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +99,12 @@ def combined(everyone: Iterable[Mapping[str, Mapping[Any, int]]]) -> Sums:
 
 def text(value: int) -> str:
     return f"{value:016x}"
+
+
+def of_whole(sums: Sums) -> str:
+    """One text for a whole tree, of `combined` sums: other paths or values, another text; the mesh changes nothing."""
+    leaves = {path: text(replicas[min(replicas)]) for path, replicas in sums.items()}
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _weights(axis: int, start: int, size: int) -> np.ndarray:

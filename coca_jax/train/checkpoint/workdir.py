@@ -95,7 +95,7 @@ def read_config(workdir: epath.PathLike) -> config.Config:
     """The configuration of a workdir.
 
     Raises:
-      CheckpointError: the folder is not a workdir, or its config.json is damaged.
+      CheckpointError: the folder is not a workdir, or its config.json is damaged or of another version.
     """
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
@@ -104,7 +104,10 @@ def read_config(workdir: epath.PathLike) -> config.Config:
         values = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): restore it, or start in another --workdir") from error
-    return config.from_config_dict(values)
+    try:
+        return config.from_config_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} is of another version, or was changed since: {error}") from error
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from coca_jax.data import prepare
 from coca_jax.data.prepare import command
 from tests.conftest import REPOSITORY
 from tests.data.prepare import sets
@@ -16,7 +15,7 @@ from tests.data.prepare import sets
 
 def failure(capsys, arguments: list[str], status: int = 1) -> str:
     """The one line that it ends with."""
-    assert prepare.main(arguments) == status
+    assert command.main(arguments) == status
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     return error
@@ -25,7 +24,7 @@ def failure(capsys, arguments: list[str], status: int = 1) -> str:
 def test_convert_and_describe(mixed, tmp_path, capsys):
     out = tmp_path / "set"
     arguments = ["convert", f"--source={mixed}", f"--out={out}", "--max_bad=0.2", "--workers=1", "--shard_size=20KB"]
-    assert prepare.main(arguments) == 0
+    assert command.main(arguments) == 0
     page = capsys.readouterr().out
     for wanted in (
         f"{out}: 36 records in ",
@@ -36,7 +35,7 @@ def test_convert_and_describe(mixed, tmp_path, capsys):
         assert wanted in page, page
     assert f"read it as array_record:{out}/*.array_record" in page
     sheet = tmp_path / "sheet.jpg"
-    assert prepare.main(["describe", f"array_record:{out}/*.array_record", f"--contact_sheet={sheet}"]) == 0
+    assert command.main(["describe", f"array_record:{out}/*.array_record", f"--contact_sheet={sheet}"]) == 0
     said = capsys.readouterr().out
     assert "36 records, all of them read" in said and said.endswith(f"contact sheet: {sheet}\n")
     assert sheet.read_bytes().startswith(b"\xff\xd8")
@@ -67,7 +66,7 @@ def test_names_that_are_not_utf_8_are_refused(mixed, tmp_path, capsys):
     ],
 )
 def test_ways_to_ask_for_a_description(mixed, capsys, arguments):
-    assert prepare.main([argument.format(mixed=mixed) for argument in [*arguments, "--sample=5"]]) == 0
+    assert command.main([argument.format(mixed=mixed) for argument in [*arguments, "--sample=5"]]) == 0
     assert "40 records, 5 of them read" in capsys.readouterr().out
 
 
@@ -142,7 +141,7 @@ def test_data_errors_are_one_line(mixed, tmp_path, capsys, arguments, said):
 )
 def test_wrong_usage_is_status_2(capsys, arguments, said):
     with pytest.raises(SystemExit) as stop:
-        prepare.main(arguments)
+        command.main(arguments)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
 
@@ -150,7 +149,7 @@ def test_wrong_usage_is_status_2(capsys, arguments, said):
 @pytest.mark.parametrize("name", ["convert", "describe", "emoji"])
 def test_help(capsys, name):
     with pytest.raises(SystemExit) as stop:
-        prepare.main([name, "--help"])
+        command.main([name, "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "usage: python -m coca_jax.data.prepare" in shown
@@ -167,5 +166,5 @@ def test_interruption(mixed, tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("coca_jax.data.prepare.shards.process", interrupt)
-    assert prepare.main(["convert", f"--source={mixed}", f"--out={tmp_path / 'out'}", "--workers=1"]) == 130
+    assert command.main(["convert", f"--source={mixed}", f"--out={tmp_path / 'out'}", "--workers=1"]) == 130
     assert "the same command goes on where it was" in capsys.readouterr().err
