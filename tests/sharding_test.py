@@ -44,6 +44,19 @@ def test_shard_does_nothing_without_a_mesh() -> None:
     assert sharding.shard(x, "batch", None) is x
 
 
+@pytest.mark.parametrize(
+    ("platform", "sizes", "constrained"),
+    [("gpu", (1, 1, 1), True), ("gpu", (2, 4, 1), False), ("cpu", (1, 1, 1), False), ("tpu", (1, 1, 1), False)],
+)
+def test_one_gpu_holds_tokens_in_the_order_of_their_axes(platform: str, sizes: Any, constrained: bool) -> None:
+    device = jax.sharding.AbstractDevice("", num_cores=None, platform=platform)
+    mesh = jax.sharding.AbstractMesh(sizes, sharding.MESH_AXES, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        found = jax.make_jaxpr(sharding.in_order)(jnp.ones((2, 3, 4)))
+    assert [equation.primitive.name for equation in found.eqns] == ["layout_constraint"] * constrained
+    assert not jax.make_jaxpr(sharding.in_order)(jnp.ones((2, 3, 4))).eqns  # without a mesh
+
+
 def test_a_mesh_must_use_every_device() -> None:
     with pytest.raises(ValueError, match="does not use the 1 devices"):
         sharding.make_mesh((1, 2, 1), jax.devices()[:1])

@@ -14,8 +14,8 @@ REMAT = {
     "none": "kept: everything; computed again: nothing",
     "attention": "kept: all but the attention weights [b, heads, s, m]; computed again: those",
     "dots": "kept: products with parameters (8 x tokens); computed again: norms, activations, attention",
-    "qkv": "kept: queries, keys, values and what a sublayer adds (4 x tokens); computed again: also the MLP",
-    "outputs": "kept: what a sublayer adds (1 x tokens); computed again: also queries, keys and values",
+    "qkv": "kept: queries, keys, values and the tokens after a sublayer (4 x tokens); computed again: also the MLP",
+    "outputs": "kept: the tokens after a sublayer (1 x tokens); computed again: also queries, keys and values",
     "everything": "kept: the layer's input; computed again: all of the layer that its gradient needs",
 }
 

@@ -20,6 +20,7 @@ from coca_jax import config
 from coca_jax.model import stacks
 from coca_jax.model.attention import Mask, attend, weights
 from coca_jax.model.heads_first import attend_cached
+from coca_jax.model.norms import LayerNorm
 from coca_jax.model.products import Dense
 from coca_jax.sharding import shard
 
@@ -42,18 +43,9 @@ class Cache:
     cross_values: Float[Array, "*l b h q k"] | None = None
 
 
-def layer_norm(model: config.Model, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with float32 statistics, `E[(x - E[x])^2]` and not `E[x^2] - E[x]^2`, which cancels.
-
-    Its backward pass computes them again from x: to keep what lies between costs more memory traffic than it saves.
-    """
-    return nn.remat(nn.LayerNorm, prevent_cse=False)(
-        epsilon=model.norm_eps,
-        dtype=jnp.dtype(model.dtype),
-        param_dtype=jnp.dtype(model.param_dtype),
-        use_fast_variance=False,
-        name=name,
-    )
+def layer_norm(model: config.Model, name: str | None = None) -> LayerNorm:
+    """LayerNorm of the model's epsilon and dtypes."""
+    return LayerNorm(model.norm_eps, jnp.dtype(model.dtype), jnp.dtype(model.param_dtype), name=name)
 
 
 def dense(
@@ -175,7 +167,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        x = shard(dense(self.model, (self.mlp_dim,), name="up")(x), "batch", None, "mlp")
+        x = checkpoint_name(shard(dense(self.model, (self.mlp_dim,), name="up")(x), "batch", None, "mlp"), "up")
         return dense(self.model, (self.width,), name="down")(gelu(x, self.model.gelu == "tanh"))
 
 
@@ -276,7 +268,7 @@ def heads_first(
 
 def add(x: Float[Array, "b s d"], y: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
     """The tokens and what a sublayer adds to them."""
-    return shard(x + checkpoint_name(y, "outputs"), "batch", None, "width")
+    return checkpoint_name(shard(x + y, "batch", None, "width"), "outputs")
 
 
 def write(cache: Cache, new: Cache, index: Int[Array, ""]) -> Cache:

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from coca_jax.model.attention import KERNEL_OUTPUT
+from coca_jax.model.norms import STATISTICS
+from coca_jax.sharding import in_order
 
 _keep = jax.checkpoint_policies
-# What config.REMAT says is kept. The TPU kernel's output is kept with the products: running it again costs more.
+# What config.REMAT says is kept, by its names. Products with their biases: without them, as JAX's own policies keep
+# them, adding the bias is a pass over memory of its own, forth and when it is computed again (docs/log.md). The TPU
+# kernel's output is kept with the products: running it again costs more.
 _REMAT = {
-    "dots": _keep.save_from_both_policies(
-        _keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(KERNEL_OUTPUT)
-    ),
-    "qkv": _keep.save_only_these_names("qkv", "outputs", KERNEL_OUTPUT),
-    "outputs": _keep.save_only_these_names("outputs"),
+    "dots": _keep.save_only_these_names("qkv", "up", "outputs", KERNEL_OUTPUT, STATISTICS),
+    "qkv": _keep.save_only_these_names("qkv", "outputs", KERNEL_OUTPUT, STATISTICS),
+    "outputs": _keep.save_only_these_names("outputs", STATISTICS),
     "everything": _keep.nothing_saveable,
 }
 
@@ -119,7 +121,7 @@ class Loop(nn.Module):
         layer = rematerialised(self.layer, self.remat)(**self.attributes, parent=None)
         outputs: list[Any] = []
         for layer_params, *layer_arguments in zip(params, *arguments, strict=True):
-            x, made_besides = layer.apply({"params": layer_params}, x, *layer_arguments)
+            x, made_besides = layer.apply({"params": layer_params}, in_order(x), *layer_arguments)
             outputs.append(made_besides)
         if any(isinstance(given, tuple) for given in rest):
             return x, tuple(outputs)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coca_jax.model import layers
+from coca_jax.model.norms import LayerNorm
+from tests import tiny
+
+
+def given(dtype: str, shape: tuple[int, ...] = (3, 5, 32)) -> tuple[Any, jax.Array, jax.Array]:
+    """Parameters of both modules, tokens far from zero as those of a residual stream are, and a gradient."""
+    rng = np.random.default_rng(0)
+    drawn = {"scale": 1 + 0.3 * rng.normal(size=shape[-1]), "bias": rng.normal(size=shape[-1])}
+    params = {key: jnp.asarray(value, jnp.float32) for key, value in drawn.items()}
+    x = 4 * rng.normal(size=shape) + 10 * rng.normal(size=(*shape[:-1], 1))
+    return params, jnp.asarray(x, dtype), jnp.asarray(rng.normal(size=shape), dtype)
+
+
+def flax_norm(dtype: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, dtype=jnp.dtype(dtype), use_fast_variance=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_and_values_are_those_of_flax(dtype: str) -> None:
+    params, x, _ = given(dtype)
+    ours, theirs = LayerNorm(1e-5, jnp.dtype(dtype)), flax_norm(dtype)
+    fresh, expected = (jax.jit(norm.init)(jax.random.key(0), x) for norm in (ours, theirs))
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), fresh, expected)
+    y, expected = (jax.jit(norm.apply)({"params": params}, x) for norm in (ours, theirs))
+    assert y.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(expected, np.float32))
+
+
+@pytest.mark.parametrize("shape", [(7, 32), (3, 5, 32), (2, 3, 5, 32)])
+def test_gradients_are_those_of_autodiff(shape: tuple[int, ...]) -> None:
+    """Against float64, of which float32's are off by its rounding: no more than autodiff's, but for a factor."""
+    params, x, slopes = given("float32", shape)
+
+    def gradients(norm: nn.Module, params: Any, x: Any, slopes: Any) -> Any:
+        return jax.jit(lambda p, x: jax.vjp(lambda p, x: norm.apply({"params": p}, x), p, x)[1](slopes))(params, x)
+
+    with jax.enable_x64():
+        wide = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x, slopes))
+        exact = gradients(nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, param_dtype=jnp.float64), *wide)
+        exact = jax.tree.map(np.asarray, exact)
+    ours, autodiff = (gradients(norm, params, x, slopes) for norm in (LayerNorm(1e-5), flax_norm("float32")))
+    for found, theirs, wanted in zip(*map(jax.tree.leaves, (ours, autodiff, exact)), strict=True):
+        scale = np.abs(wanted).max()
+        off, theirs_off = (np.abs(np.asarray(a, np.float64) - wanted).max() / scale for a in (found, theirs))
+        assert off < max(2 * theirs_off, 1e-6) < 1e-4  # 1e-6: some roundings of float32
+
+
+def test_gradients_in_bfloat16_are_rounded_once() -> None:
+    """What lies between is float32: nothing but inputs and result are bfloat16, of 8 bits."""
+    params, x, slopes = given("bfloat16")
+
+    def gradients(dtype: str, x: Any, slopes: Any) -> Any:
+        norm = LayerNorm(1e-5, jnp.dtype(dtype))
+        return jax.vjp(lambda p, x: norm.apply({"params": p}, x), params, x)[1](slopes)
+
+    (dparams, dx), wide = (
+        gradients("bfloat16", x, slopes),
+        gradients("float32", x.astype(jnp.float32), slopes.astype(jnp.float32)),
+    )
+    assert dx.dtype == jnp.bfloat16 and {leaf.dtype for leaf in jax.tree.leaves(dparams)} == {jnp.dtype("float32")}
+    np.testing.assert_array_equal(np.asarray(dx, np.float32), np.asarray(wide[1].astype(jnp.bfloat16), np.float32))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), dparams, wide[0])
+
+
+def test_nothing_of_the_size_of_its_input_is_kept_beside_it() -> None:
+    """Two numbers a token are."""
+    norm, x = layers.layer_norm(tiny.MODEL), jnp.ones((4, 6, 16))
+    params = norm.init(jax.random.key(0), x)
+    _, backward = jax.vjp(norm.apply, params, x)
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(backward) if leaf.size > 16)
+    assert sizes == [24, 24, x.size]
