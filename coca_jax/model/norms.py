@@ -59,6 +59,8 @@ def _backward(epsilon: float, dtype: Any, kept: Any, slopes: Array) -> tuple[Arr
     # With both of a token's sums next to each other they are one pass over x and its gradient, and the result is
     # another; autodiff's sum for the mean waits for that of the variance, and keeps float32 arrays of x's size.
     x, scale, bias, mean, inverse = kept
+    # Of a token whose variance overflowed the result is the bias. No gradient of 0 may hide that from who looks for it.
+    inverse = jnp.where(inverse > 0, inverse, jnp.nan)
     slopes = slopes.astype(jnp.float32)
     normal = (x.astype(jnp.float32) - mean) * inverse
     inner = slopes * _row(scale, x)

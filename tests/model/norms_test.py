@@ -81,3 +81,10 @@ def test_nothing_of_the_size_of_its_input_is_kept_beside_it() -> None:
     _, backward = jax.vjp(norm.apply, params, x)
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(backward) if leaf.size > 16)
     assert sizes == [24, 24, x.size]
+
+
+def test_a_variance_that_overflows_shows_in_the_gradients() -> None:
+    norm, x = LayerNorm(1e-5), jnp.asarray([[1.0, 2.0, 4.0], [1e30, 2e30, 4e30]])
+    params = norm.init(jax.random.key(0), x)
+    dparams, dx = jax.grad(lambda params, x: norm.apply(params, x).sum(), argnums=(0, 1))(params, x)
+    assert np.isfinite(dx[0]).all() and np.isnan(dx[1]).all() and np.isnan(dparams["params"]["scale"]).all()
