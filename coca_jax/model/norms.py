@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-STATISTICS = "statistics"  # name of mean and deviation: 8 bytes a token
+STATISTICS = "statistics"  # name of a token's mean and the inverse of its deviation: 8 bytes
 
 
 class LayerNorm(nn.Module):

@@ -66,6 +66,7 @@ CASES = {
 }
 
 
+# The first one is the main suite's; each takes some 15 seconds.
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (i > 0)) for i, name in enumerate(CASES)]
 )
