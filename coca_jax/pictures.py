@@ -23,7 +23,7 @@ from coca_jax.data import addresses
 from coca_jax.data.alone import alone
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.records import DataError
-from coca_jax.data.sources.base import IMAGE_EXTENSIONS
+from coca_jax.data.sources.base import IMAGE_EXTENSIONS, READ_EXTENSIONS
 
 SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 STOPPED = "stopped: the same command goes on from here"
@@ -43,7 +43,7 @@ def find(arguments: Sequence[str]) -> list[str]:
         if path.is_dir():
             inside = sorted(os.fspath(p) for p in _walk(path) if p.suffix.lower() in SUFFIXES)
             if not inside:
-                raise DataError(f"{argument}: no picture in it, no file that ends in {', '.join(SUFFIXES)}")
+                raise DataError(f"{argument}: no picture in it, no file that ends in .{', .'.join(READ_EXTENSIONS)}")
             found += inside
         elif path.exists():
             found.append(argument)

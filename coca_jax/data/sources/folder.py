@@ -19,6 +19,7 @@ from coca_jax.data.sources.base import (
     IMAGE_EXTENSIONS,
     IMAGE_NAMES,
     LABEL_NAMES,
+    READ_EXTENSIONS,
     Spec,
     choose,
     digest,
@@ -87,7 +88,7 @@ class Folder:
         else:
             sizes = _pictures(self._root)
             if not sizes:
-                raise DataError(f"{spec.text}: no {', '.join(IMAGE_EXTENSIONS)} file in {self._root}")
+                raise DataError(f"{spec.text}: no {', '.join(READ_EXTENSIONS)} file in {self._root}")
             if not any("/" in path for path in sizes):
                 names = ", ".join(CAPTION_FILES)
                 raise DataError(

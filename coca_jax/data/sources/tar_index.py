@@ -27,7 +27,7 @@ from coca_jax.data.sources.tar_walk import DamagedTar, Member
 
 SUFFIX = ".coca_jax_index"
 # Raise it with every change of what is kept: an index of another version is made again.
-_VERSION = 2
+_VERSION = 3
 _MAGIC = b"CoCaTAR\n"
 _HEAD = 4096  # bytes before the rows
 _STREAM = 8 << 20  # bytes that a store is asked for at once while its headers are read

@@ -176,9 +176,9 @@ def test_a_folder_for_each_class(classes, tmp_path):
     assert with_one_outside.fingerprint() != source.fingerprint()
 
 
-def test_every_kind_of_picture_that_is_read_is_found_in_a_tree(tmp_path):
+def test_every_file_that_looks_like_an_image_is_found_in_a_tree(tmp_path):
     kinds = [suffix.removeprefix(".") for suffix in pictures.SUFFIXES]
-    assert {"jpg", "tif", "tiff", "avif"} < set(kinds)
+    assert {"jpg", "tif", "tiff", "avif", "heic", "jxl", "svg", "dng"} < set(kinds)
     for kind in kinds:
         (tmp_path / kind).mkdir()
         (tmp_path / kind / f"0.{kind.upper()}").write_bytes(b"i")
@@ -203,7 +203,9 @@ def test_a_folder_without_captions_or_classes(folder, tmp_path):
     with pytest.raises(DataError, match=r"\?caption= names a column"):
         open_source(f"folder:{folder}?caption=x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no jpg, jpeg, jpe, jfif, png, webp, gif, bmp, tif, tiff, avif file"):
+    with pytest.raises(
+        DataError, match=r"no jpg, jpeg, jpe, jfif, png, webp, gif, bmp, tif, tiff, avif, heic, .* file"
+    ):
         open_source(f"folder:{tmp_path}/empty")
     with pytest.raises(DataError, match=r"no folder .*none"):
         open_source(f"folder:{tmp_path}/none")
