@@ -19,6 +19,7 @@ from coca_jax import config
 # Not the name alone: a clone is called coca_jax too, and its .venv, with all libraries, lies inside.
 _PACKAGE = os.path.join(os.path.dirname(__file__), "")
 _INTERRUPTED = 130  # as a shell has it of what Ctrl-C has ended
+_PARTS = "--help=model.image lists a section, --help=peak_lr a key"
 _KEYS = {field.name for field in dataclasses.fields(config.Config)}
 
 
@@ -71,10 +72,15 @@ def parse(argv: list[str]) -> list[str]:
                 )
             if name.startswith("config."):
                 config.check_key(name.removeprefix("config."))
+            if name == "help" and equals and "config" in flags.FLAGS:
+                print(config.list_keys(value))
+                sys.exit(0)
         return flags.FLAGS(argv)
     except SystemExit as done:
+        if {"--help", "-help"} & set(argv) and "config" in flags.FLAGS:
+            print(f"\nConfiguration keys, set by --config.KEY=VALUE ({_PARTS}):\n\n{config.list_keys()}")
         # absl ends with 1 after its help, which is no failure.
-        sys.exit(0 if {"--help", "--helpshort", "--helpfull"} & set(argv) else done.code)
+        sys.exit(0 if {"--help", "-help", "--helpshort", "--helpfull"} & set(argv) else done.code)
     except flags.UnrecognizedFlagError as error:
         is_key = "config" in flags.FLAGS and error.flagname.partition(".")[0] in _KEYS
         key = f": it is a key of the configuration, --config.{error.flagname}" if is_key else ""

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import json
 import pathlib
 import runpy
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -367,3 +369,32 @@ def test_the_small_configuration_of_the_tests_can_run() -> None:
     config.check(tiny.CONFIG, 8)
     for path in (*rules.CHOICES, *rules.POSITIVE):
         config.check_key(path)
+
+
+def test_every_key_and_section_is_listed_with_its_meaning() -> None:
+    listed = config.list_keys()
+    paths = [path for path, _ in _leaves(Config)]
+    assert len(paths) > 100
+    for path in paths:
+        section, _, name = path.rpartition(".")
+        title, _, shown = config.list_keys(path).rpartition(f"  {name}=")
+        assert " ".join(title.split()).startswith(f"{section}: " if section else "")
+        assert len(shown.split()) > 1 and f"  {name}={shown}" in listed, f"{path} has no comment"
+    assert max(map(len, listed.splitlines())) <= 100
+
+
+def test_keys_are_listed_by_section_by_path_and_by_last_name() -> None:
+    assert config.list_keys("config.model.image").startswith("model.image: ")
+    assert "model.text" not in config.list_keys("model.image")
+    assert config.list_keys("optimizer.peak_lr") == config.list_keys("peak_lr")
+    assert config.list_keys("scan_unroll").count("scan_unroll=1") == 2
+    with pytest.raises(ConfigError, match=r"model.imag .*near it: model.image"):
+        config.list_keys("model.imag")
+
+
+def _leaves(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(typing.cast(type, hint), f"{path}{name}.")
+        else:
+            yield path + name, hint

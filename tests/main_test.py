@@ -139,5 +139,10 @@ def test_help(run_python: RunPython) -> None:
         "--workdir",
         "--mode: <train|evaluate>",
         "--config.optimizer.peak_lr",
+        "loss: lambda_con * contrastive",
+        "peak_lr=0.0008",
     ):
         assert wanted in done.stdout
+    part = run_python(["-m", "coca_jax.main", "--help=loss"])
+    assert part.stdout.startswith("loss: ") and "lambda_cap=2.0" in part.stdout and "peak_lr" not in part.stdout
+    assert "near it: " in refused(run_python, ["--help=lambda_kap"], 1)

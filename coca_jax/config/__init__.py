@@ -24,6 +24,7 @@ from coca_jax.config.keys import (
     Pooler,
     TextDecoder,
 )
+from coca_jax.config.listing import list_keys
 from coca_jax.config.mesh import dcn_shape, mesh_shape
 from coca_jax.config.reading import check_key, default, from_config_dict, get, to_json
 from coca_jax.config.rules import REMAT, check, check_model, flash_keys
@@ -55,6 +56,7 @@ __all__ = [
     "flash_keys",
     "from_config_dict",
     "get",
+    "list_keys",
     "mesh_shape",
     "to_json",
 ]
