@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from coca_jax import config
-from coca_jax.data import images
+from coca_jax.data import images, label_names
 from coca_jax.data.classes import PAIRS, Task
 from coca_jax.data.mixture import Mixture, Schedule, Segment
 from coca_jax.data.records import REASONS, BadExample, DataError, Record
@@ -65,7 +65,8 @@ class _Read:
         example: Batch = {"labels": np.int32(task.number(record))} if task.labels else {}
         captions = [caption for caption in record.captions if caption.strip()]
         if task.texts and not captions:
-            raise BadExample("no_caption", f"{self.source.name}: record {index} ({record.key}) has no caption")
+            why = label_names.why_no_caption(record.label)
+            raise BadExample("no_caption", f"{self.source.name}: record {index} ({record.key}): {why}")
         tokens = np.full(self.length, self.tokenizer.pad_id, np.int32)
         if task.texts:
             caption = captions[rng.integers(len(captions)) if len(captions) > 1 else 0]

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from coca_jax import pictures
+from coca_jax.data import label_names
 from coca_jax.data.records import DataError
 from coca_jax.evaluate import zero_shot
 from coca_jax.pretrained import Caption, Pretrained
@@ -125,7 +126,8 @@ class Answers:
             raise ValueError(
                 f"{len(names)} words in {len(templates)} prompts are more than {MOST_TEXTS} texts: use fewer"
             )
-        features = zero_shot.class_features(self.coca.encode_text, [(name,) for name in names], templates)
+        said = [(label_names.words_of(name),) for name in names]
+        features = zero_shot.class_features(self.coca.encode_text, said, templates)
         cosine = features @ seen.feature.astype(np.float64)
         probability = self._probability(cosine)
         order = np.argsort(-cosine, kind="stable")

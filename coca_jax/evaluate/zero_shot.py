@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from coca_jax.data import label_names
 from coca_jax.data.sources.prompts import imagenet
 from coca_jax.evaluate import retrieval
 
@@ -13,14 +14,18 @@ from coca_jax.evaluate import retrieval
 def class_names(labels: Sequence[str], given: Mapping[str, Sequence[str]] | None) -> list[tuple[str, ...]]:
     """What each label is called in captions.
 
-    Labels are often written as identifiers (`sports_car`, `n02123045`); captions are not.
-
     Args:
       labels: the classes.
       given: names by label, as the source has them. A label that is not in it, and every label where it is None, is
-        called by its own words: `-` and `_` become spaces.
+        called by `label_names.name_of`, as in the captions that training makes of labels.
+
+    Raises:
+      ValueError: a label is no name, and `given` has none for it.
     """
-    return [tuple((given or {}).get(label) or [label.replace("-", " ").replace("_", " ")]) for label in labels]
+    names = [tuple((given or {}).get(label) or filter(None, [label_names.name_of(label)])) for label in labels]
+    if missing := [label for label, words in zip(labels, names, strict=True) if not words]:
+        raise ValueError(f"zero-shot classification: {label_names.no_name(missing[0])}")
+    return names
 
 
 def class_features(

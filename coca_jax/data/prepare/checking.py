@@ -12,7 +12,7 @@ import PIL.Image
 import PIL.ImageOps
 import simplejpeg
 
-from coca_jax.data import images, records
+from coca_jax.data import images, label_names, records
 from coca_jax.data.records import BadExample, Record
 from coca_jax.data.sources.base import one_line
 
@@ -42,7 +42,7 @@ class Checked(NamedTuple):
 
 
 def check(record: Record, max_side: int = 0, quality: int = QUALITY) -> Checked:
-    """Decodes the whole picture and looks at every text.
+    """Decodes the whole picture and looks at every text. A record needs a caption, or a label that can make none.
 
     Args:
       record: as a source gave it.
@@ -62,7 +62,7 @@ def check(record: Record, max_side: int = 0, quality: int = QUALITY) -> Checked:
             raise BadExample("unreadable", f"{where}: {type(text).__name__} where a text should be")
         records.check_unicode([text], where)
     captions = tuple(caption for caption in record.captions if caption.strip())
-    if not captions:
+    if not captions and not label_names.needs_name(record.label):
         raise BadExample("no_caption", f"{where} has no caption")
     if not record.image:
         raise BadExample("empty", f"{where}: its picture has no bytes")

@@ -15,7 +15,7 @@ import PIL.ImageFont
 import tqdm
 from etils import epath
 
-from coca_jax.data import addresses, images
+from coca_jax.data import addresses, images, label_names
 from coca_jax.data.prepare import page
 from coca_jax.data.prepare.checking import Dropped, check, in_words
 from coca_jax.data.prepare.inputs import open_inputs
@@ -106,8 +106,9 @@ def text(found: Description, length: int) -> str:
     if found.examples:
         lines += ["", "examples"]
         for record in found.examples[:5]:
+            said = record.captions[0] if record.captions else label_names.why_no_caption(record.label)
             label = f"  [{page.one_line(record.label, 30)}]" if record.label else ""
-            lines.append(f"  {page.one_line(record.key, 40)}: {page.one_line(record.captions[0], 100)}{label}")
+            lines.append(f"  {page.one_line(record.key, 40)}: {page.one_line(said, 100)}{label}")
     if found.attribution:
         lines += ["", found.attribution]
     return "\n".join(lines)
@@ -136,7 +137,7 @@ def contact_sheet(examples: Sequence[Record], file: str | os.PathLike[str]) -> N
         small = PIL.Image.fromarray(images.decode(record.image, (255, 255, 255), _SIDE))
         small.thumbnail((_SIDE, _SIDE))
         sheet.paste(small, (left + (_SIDE - small.width) // 2, top + (_SIDE - small.height) // 2))
-        caption = page.one_line(record.captions[0])
+        caption = page.one_line(next(iter(record.captions), ""))
         wrapped = textwrap.wrap(caption, letters, max_lines=_LINES, placeholder=" …")
         below = PIL.Image.new("RGB", (_SIDE, _LINES * line), "white")  # of its own: letters may be wide
         PIL.ImageDraw.Draw(below).multiline_text((0, 0), "\n".join(wrapped), "black", font, spacing=2)

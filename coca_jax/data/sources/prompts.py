@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 from etils import epath
 
-from coca_jax.data import records
+from coca_jax.data import label_names, records
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import files
 from coca_jax.data.sources.base import Source, Spec, digest
@@ -39,13 +40,15 @@ class Prompted:
     Args:
       source: what is read.
       templates: each with a {} for the name. Where some are given they make the captions of every record that has a
-        label; where none are, records that have captions keep them, and the others get DEFAULT_TEMPLATE.
-      classes: by what the source calls each; None where that is the name.
+        label; where none are, records that have captions keep them, and the others get DEFAULT_TEMPLATE. A label that
+        is no name (see `label_names.name_of`), and that nothing gives a name, makes no caption.
+      classes: by what the source calls each; None where `label_names.name_of` makes the name.
     """
 
     def __init__(self, source: Source, templates: Sequence[str], classes: Mapping[str, Class] | None):
         self.source = source
         self._templates, self._classes = tuple(templates), classes
+        self._by_name = _named(classes or {})
         self.name: str = source.name
         self.tokenizer_path: epath.Path | None = source.tokenizer_path
         self.attribution: str = source.attribution
@@ -65,21 +68,31 @@ class Prompted:
 
     def _prompted(self, record: Record, index: SupportsIndex) -> Record:
         label = record.label
-        names: tuple[str, ...] = (record.label,)
+        names: tuple[str, ...] = ()
         if self._classes is not None:
-            if record.label not in self._classes:
+            found = self._class(label)
+            if found is None:
                 raise BadExample(
                     "no_caption",
                     f"{self.name}: record {index} has the label {record.label!r}, which ?classes= does not name",
                 )
-            label, names = self._classes[record.label]
+            label, names = found
         elif self.class_names is not None:
-            names = tuple(self.class_names.get(record.label, names))
+            names = tuple(self.class_names.get(label, ()))
+        if not names and (name := label_names.name_of(label)):
+            names = (name,)
         captions = record.captions
         if self._templates or not captions:
             # No str.format: templates and names are data.
             captions = tuple(t.replace("{}", n) for t in self._templates or (DEFAULT_TEMPLATE,) for n in names)
         return record._replace(captions=captions, label=label)
+
+    def _class(self, label: str) -> Class | None:
+        """The class that a label stands for: by itself, by the number in it (`007`, `7.0`), or by one of the names."""
+        classes = self._classes or {}
+        if label not in classes and re.fullmatch(r"[0-9]+(?:\.0+)?", label):
+            return classes.get(str(int(label.partition(".")[0])))
+        return classes.get(label) or self._by_name.get(_plain(label))
 
     def __repr__(self) -> str:
         return f"Prompted({self.source!r})"
@@ -111,8 +124,9 @@ def read_classes(spec: Spec) -> dict[str, Class] | None:
     `?classes=imagenet` are ImageNet's with CLIP's names, by number (0 to 999) and by WordNet id (n01440764), which is
     their label: two of the names, missile and sunglasses, are those of two classes.
 
-    A JSON file maps the data's numbers or words to a name or a list of names, or lists names by number; of any other
-    file line n (from 0) is the name of class n.
+    A JSON file maps the data's numbers or words to a name or a list of names (or, as `label2id`, names to numbers), or
+    lists names by number; of any other file line n (from 0) is the name of class n. `_` in a name becomes a blank. A
+    label may also be one of the names.
 
     Raises:
       DataError: the file is missing or of another form, a class has no name, or two have the same.
@@ -128,7 +142,7 @@ def read_classes(spec: Spec) -> dict[str, Class] | None:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not JSON: {error}") from None
-        pairs = list(enumerate(found)) if isinstance(found, list) else list(getattr(found, "items", list)())
+        pairs = list(enumerate(found)) if isinstance(found, list) else _pairs(found)
     else:
         pairs = list(enumerate(text.splitlines()))
         while pairs and not pairs[-1][1].strip():
@@ -136,9 +150,9 @@ def read_classes(spec: Spec) -> dict[str, Class] | None:
     classes: dict[str, Class] = {}
     owner: dict[str, str] = {}
     for key, value in pairs:
-        names = tuple(
-            n.strip() for n in (value if isinstance(value, list) else [value]) if isinstance(n, str) and n.strip()
-        )
+        written = [n.strip() for n in (value if isinstance(value, list) else [value]) if isinstance(n, str)]
+        written = [n for n in written if n and not (len(written) > 1 and label_names.is_wordnet(n))]
+        names = tuple(dict.fromkeys(map(label_names.words_of, written)))
         if not names:
             raise DataError(f"{path}: class {key} has no name: write one, or a list of them")
         if (other := owner.setdefault(names[0], str(key))) != str(key):
@@ -147,3 +161,29 @@ def read_classes(spec: Spec) -> dict[str, Class] | None:
     if not classes:
         raise DataError(f"{path} names no classes: write a name a line, or a JSON object of them")
     return classes
+
+
+def _pairs(found: Any) -> list[tuple[Any, Any]]:
+    """Labels and names of a JSON object; Hugging Face's config.json has them as `id2label`, others as name: number."""
+    if not isinstance(found, dict):
+        return []
+    if isinstance(found.get("id2label"), dict):
+        found = found["id2label"]
+    numbers = list(found.values())
+    if all(type(n) is int for n in numbers) and sorted(numbers) == list(range(len(numbers))):
+        return [(number, name) for name, number in found.items()]
+    return list(found.items())
+
+
+def _named(classes: Mapping[str, Class]) -> dict[str, Class]:
+    """The classes by those of their names that no other class has."""
+    owners: dict[str, dict[str, Class]] = {}
+    for found in classes.values():
+        for name in found.names:
+            owners.setdefault(_plain(name), {})[found.label] = found
+    return {name: next(iter(found.values())) for name, found in owners.items() if len(found) == 1}
+
+
+def _plain(name: str) -> str:
+    """What two spellings of a class have in common."""
+    return (label_names.name_of(name) or name).casefold()

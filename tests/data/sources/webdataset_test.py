@@ -104,8 +104,8 @@ def test_cls_members(tmp_path):
     path = tars.write(tmp_path / "a.tar", [("0.jpg", b"i"), ("0.cls", b"7\n"), ("1.JPEG", b"j"), ("1.cls", b"8")])
     source = open_source(f"webdataset:{path}")
     assert [(source[i].label, source[i].captions) for i in (0, 1)] == [
-        ("7", ("a photo of a 7.",)),
-        ("8", ("a photo of a 8.",)),
+        ("7", ()),
+        ("8", ()),
     ]
 
 
