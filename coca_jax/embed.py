@@ -10,7 +10,6 @@ goes on where it stopped. Pictures that cannot be read are listed in OUTPUT.bad.
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
 from absl import flags
@@ -20,6 +19,7 @@ from coca_jax import commandline, compiler
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "What coca_jax.load opens: a workdir, an exported directory, ...")
 _OUTPUT = flags.DEFINE_string("output", "", "File that ends in .jsonl, or a folder's name that ends in .parquet.")
 _TEXTS = flags.DEFINE_string("texts", "", "File of texts, one a line, instead of pictures.")
+_MAX_TEXTS = 4 << 30  # bytes
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Rows that are computed at a time.", lower_bound=1)
 
 
@@ -58,17 +58,17 @@ def main(argv: list[str]) -> None:
 
 
 def _lines(path: str) -> list[str]:
+    from coca_jax.data import opening
     from coca_jax.data.records import DataError
 
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise DataError(f"--texts={path}: no such file")
     try:
         # Not splitlines, which also ends lines at U+2028, U+0085 and others that stand inside of texts.
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = opening.read_text(path, _MAX_TEXTS, "a file of texts").split("\n")
         return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    except UnicodeDecodeError as error:
-        raise DataError(f"--texts={path} is not UTF-8: {error}") from error
+    except FileNotFoundError:
+        raise DataError(f"--texts={path}: no such file") from None
+    except (OSError, DataError) as error:
+        raise DataError(f"--texts={path}: {error}") from error
 
 
 if __name__ == "__main__":

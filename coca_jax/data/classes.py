@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from coca_jax import config
-from coca_jax.data import addresses
+from coca_jax.data import opening
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import Source
 
@@ -139,14 +139,14 @@ def read(path: epath.PathLike) -> tuple[str, ...]:
     Raises:
       DataError: it is missing or not UTF-8, or has a label twice or less than two.
     """
-    addresses.check(path)
-    file = epath.Path(path)
-    if not file.is_file():
-        raise DataError(f"{path}: no such file; config.data.classes names one with a label a line, or is empty")
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}; save it as UTF-8") from error
+        text = opening.read_text(path, what="a file of labels")
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no such file; config.data.classes names one with a label a line, or is empty"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     labels = tuple(line.strip() for line in _LINE_END.split(text) if line.strip())
     if len(set(labels)) < len(labels) or len(labels) < 2:
         twice = next((label for label in labels if labels.count(label) > 1), "")

@@ -13,7 +13,7 @@ import sentencepiece
 from etils import epath
 
 from coca_jax import config
-from coca_jax.data import addresses, vocabulary
+from coca_jax.data import opening, vocabulary
 from coca_jax.data.records import DataError, check_unicode
 
 # Of the vocabularies trained here. A model from elsewhere keeps its own, read from the file.
@@ -35,11 +35,15 @@ class Tokenizer:
         if isinstance(model, bytes):
             name, content = "tokenizer", model
         else:
-            addresses.check(model)
-            name, path = f"tokenizer {os.fspath(model)}", epath.Path(model)
-            if not path.is_file():
-                raise DataError(f"{name}: no such file; set config.data.tokenizer to a SentencePiece .model file")
-            content = path.read_bytes()
+            name = f"tokenizer {os.fspath(model)}"
+            try:
+                content = opening.read(model, what="a tokenizer")
+            except FileNotFoundError:
+                raise DataError(
+                    f"{name}: no such file; set config.data.tokenizer to a SentencePiece .model file"
+                ) from None
+            except OSError as error:
+                raise DataError(f"{name} cannot be read: {error}") from error
         self._model = content
         self._vocabulary = vocabulary.read(content, name)
         self.vocab_size: int = self._vocabulary.size

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from coca_jax.data import addresses
+from coca_jax.data import addresses, opening
 from coca_jax.data.records import DataError
 from coca_jax.interop.weights import ConversionError
 
@@ -71,6 +71,19 @@ def named(path: epath.PathLike) -> epath.Path:
     return epath.Path(path)
 
 
+def check_file(path: epath.PathLike) -> None:
+    """Raises ConversionError where a path is no regular file; nothing is read, and no pipe is waited for."""
+    try:
+        if "://" not in os.fspath(path):
+            opening.check_file(path)
+        elif not epath.Path(path).is_file():
+            raise FileNotFoundError
+    except FileNotFoundError:
+        raise ConversionError(f"{path}: no such file") from None
+    except (OSError, DataError) as error:
+        raise ConversionError(str(error)) from error
+
+
 def _upload(folder: pathlib.Path, target: epath.Path) -> None:
     if target.exists():
         target.rmtree()
@@ -83,11 +96,11 @@ def _upload(folder: pathlib.Path, target: epath.Path) -> None:
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:
     """An object of a JSON file. Raises ConversionError where it is missing or damaged."""
-    path = epath.Path(path)
-    if not path.is_file():
-        raise ConversionError(f"{path}: no such file")
+    check_file(path)
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(opening.read(path, what="a configuration"))
+    except opening.UnusableFile as error:
+        raise ConversionError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is damaged ({error}): write or copy it again") from error
     if not isinstance(values, dict):
@@ -105,11 +118,9 @@ def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
     Raises:
       ConversionError: it is missing, cut off or no safetensors.
     """
-    path = epath.Path(path)
-    if not path.is_file():
-        raise ConversionError(f"{path}: no such file")
+    check_file(path)
     try:
-        with local_copy(path) as file:
+        with local_copy(epath.Path(path)) as file:
             return safetensors.numpy.load_file(file)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ConversionError(f"{path} is cut off or no safetensors ({error}): copy it again") from error
@@ -139,5 +150,6 @@ def local_copy(path: epath.Path) -> Iterator[pathlib.Path]:
 
 def sha256(path: epath.PathLike) -> str:
     """Of a file's content, in hexadecimal digits."""
+    check_file(path)
     with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from coca_jax.interop.folders import local_copy
+from coca_jax.interop.folders import check_file, local_copy
 from coca_jax.interop.weights import ConversionError
 
 SUFFIXES = (".pt", ".pth", ".bin")
@@ -27,8 +27,7 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
       ConversionError: PyTorch is not installed; the file is missing, damaged, or holds anything but weights.
     """
     path = epath.Path(path)
-    if not path.is_file():
-        raise ConversionError(f"{path}: no such file")
+    check_file(path)
     try:
         torch: Any = importlib.import_module("torch")
     except ImportError as error:

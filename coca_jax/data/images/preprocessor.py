@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from etils import epath
 
 from coca_jax import config
-from coca_jax.data import addresses
+from coca_jax.data import opening
 from coca_jax.data.images import decoding, geometry
 from coca_jax.data.records import BadExample, DataError
 
@@ -46,12 +45,13 @@ def to_square(
       DataError: none of these, or one that cannot be read; the message names the file.
     """
     if isinstance(image, (str, os.PathLike)):
-        addresses.check(image)
-        path = epath.Path(image)
-        if not path.is_file():
-            raise DataError(f"{path}: no such picture")
+        path = os.fspath(image)
         try:
-            return decode_and_fit(path.read_bytes(), size, crop, background, interpolation)
+            content = opening.read(path, opening.EXAMPLE_BYTES, "an image")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise DataError(f"{path}: no such picture") from None
+        try:
+            return decode_and_fit(content, size, crop, background, interpolation)
         except BadExample as error:
             raise BadExample(error.reason, f"{path}: {error}") from error
     if isinstance(image, (bytes, bytearray, memoryview)):

@@ -26,6 +26,7 @@ import numpy as np
 from etils import epath
 
 from coca_jax import cache
+from coca_jax.data import opening
 from coca_jax.data.prepare import example
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import base, files
@@ -191,7 +192,7 @@ def masked_crc(data: bytes) -> int:
 
 def _opened(path: str) -> IO[bytes]:
     if not files.is_remote(path):
-        return open(path, "rb")
+        return opening.open_file(path)
     system, inside = files.store(path)
     return system.open(inside, "rb")
 

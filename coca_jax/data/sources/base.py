@@ -12,10 +12,10 @@ from typing import Protocol, SupportsIndex
 
 from etils import epath
 
+from coca_jax.data import opening
 from coca_jax.data.records import DataError, Record
 
-# Of one picture or one text beside it. More is no web picture, and a few of them at once would fill a host's memory.
-MAX_BYTES = 256 << 20
+MAX_BYTES = opening.EXAMPLE_BYTES
 
 # Endings of file names, in lower case, of the kinds in kinds.READ. What a file is, its bytes say.
 READ_EXTENSIONS = (

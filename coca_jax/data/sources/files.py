@@ -16,7 +16,6 @@ import glob
 import itertools
 import os
 import re
-import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -24,12 +23,15 @@ from typing import Any
 import fsspec
 import tqdm
 
+from coca_jax.data import opening
+from coca_jax.data.opening import UnusableFile
 from coca_jax.data.records import BadExample, DataError
 from coca_jax.data.sources.base import MAX_BYTES, one_line
 from coca_jax.data.sources.patience import Patient
 
 _THREADS = 32  # that ask a store for sizes: each mostly waits
 _MAX_EXPANDED = 10_000_000
+_PART = 8 << 20  # bytes that a store is asked for at once
 # What tells one version of an object in a store from the next, best first; stores differ in what they say.
 _VERSIONS = ("generation", "ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 
@@ -86,8 +88,7 @@ def look(path: str) -> File:
     """The file as it is now. Raises FileNotFoundError or another OSError."""
     if not is_remote(path):
         found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise FileNotFoundError(f"{path} is not a file")
+        opening.check_regular(path, found)
         return File(path, found.st_size, str(found.st_mtime_ns))
     system, inside = store(path)
     return _described(path, system.info(inside))
@@ -95,7 +96,7 @@ def look(path: str) -> File:
 
 def _described(path: str, info: dict[str, Any]) -> File:
     if info.get("type") == "directory":
-        raise FileNotFoundError(f"{path} is a folder")
+        raise IsADirectoryError(f"{path} is a folder, and a file is wanted")
     version = next((info[key] for key in _VERSIONS if info.get(key)), "")
     if isinstance(version, datetime.datetime):  # some stores list the seconds and tell the date of a single object
         version = version.timestamp()
@@ -182,7 +183,7 @@ def _exists(pattern: str) -> bool:
 def _look_or_none(path: str) -> File | None:
     try:
         return look(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except DataError:
         raise
@@ -204,26 +205,44 @@ def _matches(pattern: str, where: str) -> list[File]:
         raise DataError(f"{where}: {pattern} cannot be listed: {one_line(error)}") from error
 
 
-def read(path: str, limit: int = MAX_BYTES) -> bytes:
-    """All bytes of a small file. Raises OSError; BadExample where it is larger than the limit."""
-    size = look(path).size  # a pipe or a device is no file: opening one could hang
-    _check_size(path, size, limit)
-    if is_remote(path):
-        system, inside = store(path)
-        return system.cat_file(inside)
-    with open(path, "rb") as file:
-        return file.read(size)
+def read(path: str, limit: int = MAX_BYTES, what: str = "one image") -> bytes:
+    """All bytes of a file on a disk or in a bucket. Raises OSError; UnusableFile where it is larger than the limit.
+
+    No time is kept on a disk, as millions are read; see `opening.read`.
+    """
+    if not is_remote(path):
+        with opening.open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            opening.check_size(path, size, limit, what)
+            return file.read(size)
+    opening.check_size(path, look(path).size, limit, what)
+    system, inside = store(path)
+    return system.cat_file(inside)
 
 
-def _check_size(path: str, size: int, limit: int) -> None:
-    if size > limit:
-        raise BadExample("unreadable", f"{path}: {size} bytes, more than the {limit} that one picture may have")
+def lines(path: str, longest: int = opening.LINE_BYTES) -> Iterator[bytes | None]:
+    r"""The lines of a file on a disk or in a bucket, their `\n` included; None for one of more than `longest` bytes.
+
+    Raises OSError, of which some are UnusableFile.
+    """
+    return opening.lines(_remote_parts(path) if is_remote(path) else opening.parts(path), longest)
+
+
+def _remote_parts(path: str) -> Iterator[bytes]:
+    size = look(path).size
+    system, inside = store(path)
+    for start in range(0, size, _PART):
+        yield system.cat_file(inside, start=start, end=min(size, start + _PART))
 
 
 def read_settings(path: str, where: str) -> str:
     """The text of a file that an option names. Raises DataError."""
     try:
-        return read(path).decode("utf-8-sig")
+        if not is_remote(path):
+            return opening.read_text(path)
+        return read(path, opening.SETTINGS_BYTES, "such a file").decode("utf-8-sig")
+    except UnusableFile as error:
+        raise DataError(f"{where}: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: {path} is not UTF-8: {one_line(error)}; save it as UTF-8") from error
     except OSError as error:
@@ -281,12 +300,11 @@ def picture(root: str, relative: str, where: str) -> bytes:
             return read(inside(root, relative, where))
         with open(descriptor, "rb", buffering=0) as file:
             found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise FileNotFoundError(f"{path} is not a file")
-            _check_size(path, found.st_size, MAX_BYTES)
+            opening.check_regular(path, found)
+            opening.check_size(path, found.st_size, MAX_BYTES, "one image")
             return file.read(found.st_size)
-    except BadExample as error:
-        raise BadExample(error.reason, f"{where}: {one_line(error)}") from error
+    except UnusableFile as error:
+        raise BadExample("unreadable", f"{where}: {one_line(error)}") from error
     except DataError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -308,7 +326,7 @@ class _Handle:
     """A descriptor that is closed when nobody holds it any more: threads may still read what the cache let go."""
 
     def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.descriptor = opening.open_descriptor(path)
         self.found = os.fstat(self.descriptor)
 
     # `close` is bound here: at the end of a process the module `os` may be gone before the last descriptor.

@@ -137,6 +137,8 @@ def _captions_file(spec: Spec, root: str) -> str:
         path = name if files.is_remote(name) or os.path.isabs(name) else f"{root}/{name}"
         try:
             return files.look(path).path
+        except files.UnusableFile:
+            raise
         except OSError:
             raise DataError(
                 f"{spec.text}: no file {path}; ?captions= is a path in the folder, or an absolute one"

@@ -86,7 +86,7 @@ class Karpathy:
 def _images(spec: Spec) -> list[dict[str, Any]]:
     where = f"source {spec.text!r}: {spec.location}"
     try:
-        found = json.loads(files.read(spec.location, limit=_LIMIT))
+        found = json.loads(files.read(spec.location, _LIMIT, "a file of splits"))
     except OSError as error:
         raise DataError(f"{where} cannot be read: {one_line(error)}") from error
     except (ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from coca_jax.data import opening
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import files, patience
 from coca_jax.data.sources.base import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, Spec, choose, digest, one_line, texts
@@ -187,7 +188,7 @@ def _opened(file: File, dictionaries: Sequence[str] = ()) -> Iterator[Any]:
     parquet = _pyarrow().parquet
     options = {"page_checksum_verification": True, "read_dictionary": list(dictionaries)}
     if not files.is_remote(file.path):
-        with parquet.ParquetFile(file.path, **options) as opened:
+        with opening.open_file(file.path) as stream, parquet.ParquetFile(stream, **options) as opened:
             yield opened
         return
     system, inside = files.store(file.path)

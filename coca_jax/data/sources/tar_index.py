@@ -19,6 +19,7 @@ import msgpack
 import numpy as np
 
 from coca_jax import cache
+from coca_jax.data import opening
 from coca_jax.data.records import DataError
 from coca_jax.data.sources import files, patience, tar_walk
 from coca_jax.data.sources.base import IMAGE_EXTENSIONS, MAX_BYTES, one_line
@@ -154,7 +155,7 @@ def _places(file: File) -> list[str]:
 
 
 def _opened(path: str, file: File) -> Shard | None:
-    with open(path, "rb") as index:
+    with opening.open_file(path) as index:
         head = index.read(_HEAD)
         size = os.fstat(index.fileno()).st_size
     try:
@@ -190,22 +191,20 @@ def _write(path: str, content: bytes) -> None:
 @contextlib.contextmanager
 def _reader(file: File) -> Iterator[tar_walk.Read]:
     if not files.is_remote(file.path):
-        descriptor = os.open(file.path, os.O_RDONLY)
-        try:
+        with opening.open_file(file.path) as opened:
+            descriptor = opened.fileno()
             yield lambda start, length: os.pread(descriptor, length, start)
-        finally:
-            os.close(descriptor)
         return
     system, inside = files.store(file.path)
     # As one stream: pictures are smaller than what a request for each header would cost.
     stream = patience.patiently(
         lambda: system.open(inside, "rb", block_size=_STREAM, cache_type="readahead"), file.path
     )
-    with stream as opened:
+    with stream as remote:
 
         def read(start: int, length: int) -> bytes:
-            opened.seek(start)
-            return opened.read(length)
+            remote.seek(start)
+            return remote.read(length)
 
         yield lambda start, length: patience.patiently(lambda: read(start, length), file.path)
 

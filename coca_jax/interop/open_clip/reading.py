@@ -135,6 +135,7 @@ def _weights_file(folder: epath.Path) -> epath.Path:
 
 
 def _tensors(file: epath.Path) -> dict[str, np.ndarray]:
+    folders.check_file(file)
     if file.suffix == ".safetensors":
         tensors = folders.read_tensors(file)
     elif file.suffix in torch_files.SUFFIXES:

@@ -72,10 +72,9 @@ def find(path: epath.PathLike) -> epath.Path:
       ConversionError: there is none, or it is not known which.
     """
     path = folders.named(path).expanduser()
-    if path.is_file():
-        return path
     if not path.is_dir():
-        raise ConversionError(f"{path}: no such file or folder")
+        folders.check_file(path)
+        return path
     for name in _IN_FOLDERS:
         if (path / name).is_file():
             return path / name
@@ -105,6 +104,7 @@ def opened(path: epath.Path) -> Iterator[Tensors]:
     reader = {".safetensors": _safetensors, ".npz": _npz}.get(path.suffix)
     if reader is None:
         raise ConversionError(f"{path}: weights are read from .safetensors, .npz, {', '.join(torch_files.SUFFIXES)}")
+    folders.check_file(path)
     with folders.local_copy(path) as file, reader(path, file) as tensors:
         yield tensors
 
