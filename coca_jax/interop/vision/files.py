@@ -73,6 +73,8 @@ def find(path: epath.PathLike) -> epath.Path:
     """
     path = folders.named(path).expanduser()
     if not path.is_dir():
+        if not path.exists():
+            raise ConversionError(f"{path}: no such file or folder")
         folders.check_file(path)
         return path
     for name in _IN_FOLDERS:
