@@ -1,13 +1,13 @@
-r"""CoCa, the paper's largest (Yu et al. 2022, table 1): 1.0B image encoder, 1.1B text decoder.
+r"""The paper's largest CoCa (Yu et al. 2022, table 1): 1.0B image encoder, 1.1B text decoder.
 
     python -m coca_jax.main --config=configs/coca_giant.py --workdir=gs://BUCKET/coca_giant \
         --config.data.train='array_record:gs://BUCKET/pairs/train-*.array_record' \
         --config.data.tokenizer=gs://BUCKET/pairs/tokenizer.model
 
-The recipe is that of coca_base.py, for 2,048 TPU v4 chips (python -m coca_jax.plan --config=configs/coca_giant.py
---topology=v4:8x16x16; figures in docs/planner.md): parameters and optimiser state sharded over 64 chips, 32 such
-replicas. The table's 1.1B for this decoder is met with the softmax tied to the token embedding (1.09B; untied
-1.18B), those of Base and Large with two separate matrices.
+The recipe of coca_base.py for 2,048 TPU v4 chips, with parameters and optimizer state sharded over 64 chips and 32
+replicas (python -m coca_jax.plan --config=configs/coca_giant.py --topology=v4:8x16x16; figures in docs/planner.md).
+The output projection is tied to the token embedding, because that gives the table's 1.1B decoder parameters (1.09B;
+untied 1.18B). Base and large match the table with two separate matrices.
 """
 
 import ml_collections

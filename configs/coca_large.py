@@ -4,9 +4,8 @@ r"""CoCa-Large (Yu et al. 2022, table 1): 303M image encoder, 484M text decoder.
         --config.data.train='array_record:gs://BUCKET/pairs/train-*.array_record' \
         --config.data.tokenizer=gs://BUCKET/pairs/tokenizer.model
 
-The recipe is that of coca_base.py, for 512 TPU v4 chips (python -m coca_jax.plan --config=configs/coca_large.py
---topology=v4:8x8x8; figures in docs/planner.md): parameters and optimiser state sharded over 8 chips, 64 such
-replicas.
+The recipe of coca_base.py for 512 TPU v4 chips, with parameters and optimizer state sharded over 8 chips and 64
+replicas (python -m coca_jax.plan --config=configs/coca_large.py --topology=v4:8x8x8; figures in docs/planner.md).
 """
 
 import ml_collections

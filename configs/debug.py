@@ -2,7 +2,7 @@
 
     python -m coca_jax.main --config=configs/debug.py --workdir=/tmp/coca_debug
 
-It learns next to nothing.
+The model is too small to learn anything useful.
 """
 
 import ml_collections

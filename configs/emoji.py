@@ -2,7 +2,7 @@
 
     python -m coca_jax.main --config=configs/emoji.py --workdir=runs/emoji
 
-It took 97 minutes on one CPU core (2026-11-23); two idle cores make twice as many steps a second.
+It took 97 minutes on one CPU core (2026-11-23). Two idle cores run twice as many steps a second.
 """
 
 import pathlib
@@ -12,7 +12,7 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    # By path: a recipe is a file that is run, from whatever folder.
+    # By path, because a recipe is run as a file, from any folder.
     c = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart.py")))["get_config"]()
     c.steps, c.log_every = 6000, 50
     c.evaluate.update(every=1500, best="seen/image_to_text/r1")

@@ -1,12 +1,12 @@
-r"""What a checkpoint is evaluated on: retrieval and captions of a set, zero-shot classification of another.
+r"""Evaluation of a checkpoint: retrieval and captions on one dataset, zero-shot classification on another.
 
     python -m coca_jax.evaluate --checkpoint=runs/mine --output=results/mine --config=configs/evaluate.py \
         --config.evaluate.splits="('karpathy:/data/coco/dataset_coco.json?split=test',)" \
         --config.evaluate.zero_shot='tfds:imagenet2012?split=validation&classes=imagenet'
 
-Retrieval is that of COCO and Flickr30k: all captions of a picture are right for it. Captions are scored as COCO's
-evaluation does (CIDEr, BLEU, ROUGE-L). Zero-shot classification takes CLIP's 80 prompts. By likelihood too, of so many
-pictures: --config.evaluate.likelihood=1000. Without a change it evaluates nothing: the sets are yours.
+Retrieval follows COCO and Flickr30k: every caption of an image counts as correct. Captions are scored by COCO's metrics
+(CIDEr, BLEU, ROUGE-L). Zero-shot classification averages CLIP's 80 prompts. --config.evaluate.likelihood=1000 also
+ranks the texts of 1,000 images by log-likelihood. No dataset is set by default: name yours.
 """
 
 from ml_collections import ConfigDict

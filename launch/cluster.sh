@@ -1,4 +1,4 @@
-# What tpu_pod, gke and slurm share: options, quoting, and a plan that is printed or carried out. Sourced by them.
+# Shared by tpu_pod, gke and slurm, which source it: options, quoting, and a plan that is printed or run.
 #
 # A plan is a list of command lines. `--dry-run` prints it, and what it prints is a script that does the same; otherwise
 # each line is run. Works with the bash 3.2 of macOS.

@@ -231,7 +231,7 @@ def test_a_run_on_a_pod_is_followed_refused_twice_stopped_and_started_again(clou
     kept = machine / "coca_jax/kept"
     kept.touch()
     again = cloud.launch("tpu_pod", *POD, "--detach")
-    assert again.returncode == 1 and "is still at it" in again.stderr and "stop" in again.stderr
+    assert again.returncode == 1 and "still runs a training" in again.stderr and "stop" in again.stderr
     assert kept.exists()  # what runs keeps its files
     hints = {name: line.partition(": ")[2] for line in again.stdout.splitlines() for name in [line[2:].split(":")[0]]}
     assert "running, process" in cloud.run("bash", "-c", hints["Status"].strip()).stdout

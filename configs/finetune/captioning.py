@@ -1,12 +1,12 @@
-r"""Captioning of a set of one's own, with the contrastive space kept alive.
+r"""Captioning on your own dataset, without losing retrieval and zero-shot classification.
 
     python -m coca_jax.main --config=configs/finetune/captioning.py --workdir=runs/captions \
         --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/coco/train2014 \
         --config.evaluate.splits="('folder:/data/coco/val2014',)"
 
-lambda_con stays above 0: a published model that was fine-tuned on captions alone fell from 63.3 to 0.8 in zero-shot
-classification. Both halves are evaluated before the first step and after the last, and printed one under the other.
-Expect a lower captioning loss and a higher CIDEr, and retrieval no worse than before.
+lambda_con stays above 0, because a published model fine-tuned on captions alone fell from 63.3 to 0.8 in zero-shot
+classification. Both halves are evaluated before the first step and after the last. Expect a lower captioning loss and a
+higher CIDEr, and retrieval no worse than before.
 """
 
 import ml_collections

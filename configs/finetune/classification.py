@@ -1,12 +1,12 @@
-r"""Classification, all weights trained: a pooler of the task's own and a linear layer on the image encoder.
+r"""Classification with all weights trained: a pooler of its own and a linear layer on the image encoder.
 
     python -m coca_jax.main --config=configs/finetune/classification.py --workdir=runs/flowers \
         --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/flowers/train \
         --config.evaluate.splits="('folder:/data/flowers/val',)"
 
-The classes are the labels of the training source (or the lines of config.data.classes). Lower layers learn more slowly
-(layer_decay). What to expect: a higher top-1 than linear_probe.py's, more the more labelled pictures there are; text
-and zero-shot are not in the model any more (add config.loss.lambda_con=1 to keep them, with captions in the data).
+The classes are the labels of the training source, or the lines of config.data.classes. Lower layers have lower learning
+rates (layer_decay). Expect a higher top-1 than with linear_probe.py, the more so the more labelled images there are.
+The model has no text half; to keep it, set config.loss.lambda_con=1 and use data with captions.
 """
 
 import ml_collections

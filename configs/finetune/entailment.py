@@ -1,13 +1,13 @@
-r"""Image-text entailment (SNLI-VE): does a sentence follow from a picture? A classifier on the multimodal decoder.
+r"""Image-text entailment (SNLI-VE): does a sentence follow from an image? A classifier on the multimodal decoder.
 
     python -m coca_jax.main --config=configs/finetune/entailment.py --workdir=runs/entailment \
         --config.init.checkpoint=runs/pretrained \
         --config.data.train='folder:/data/snli_ve/train?question=sentence&label=label' \
         --config.evaluate.splits="('folder:/data/snli_ve/val?question=sentence&label=label',)"
 
-A line of captions.jsonl is {"image": "1.jpg", "sentence": "two people are outside", "label": "entailment"}, the labels
-entailment, neutral and contradiction. As vqa.py otherwise: the classes are the labels of the training source. Expect
-well over the third that guessing gets.
+A line of captions.jsonl is {"image": "1.jpg", "sentence": "two people are outside", "label": "entailment"}, with the
+labels entailment, neutral and contradiction. Otherwise like vqa.py: the classes are the labels of the training source.
+Expect well over the one third that guessing reaches.
 """
 
 import ml_collections

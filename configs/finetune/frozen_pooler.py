@@ -1,11 +1,11 @@
-r"""A frozen encoder with an attentional pooler of the task's own (CoCa paper, section 3.3).
+r"""A frozen encoder with a task-specific attentional pooler (CoCa paper, section 3.3).
 
     python -m coca_jax.main --config=configs/finetune/frozen_pooler.py --workdir=runs/frozen \
         --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/flowers/train \
         --config.evaluate.splits="('folder:/data/flowers/val',)"
 
-One query attends to the frozen patch tokens, then a linear layer; both are trained. Expect more than linear_probe.py:
-the pooler finds what the task needs where the pretrained query does not look. The encoder keeps every bit.
+One query attends to the frozen patch tokens, and a linear layer follows; only these two are trained. Expect more than
+with linear_probe.py: the pooler can attend to what the pretrained query ignores. The encoder keeps every bit.
 """
 
 import ml_collections

@@ -1,11 +1,11 @@
-r"""Goes on at a higher resolution, 288 -> 576 pixels: learned positions are resized.
+r"""Continues training at a higher resolution, 288 to 576 pixels, with resized position embeddings.
 
     python -m coca_jax.main --config=configs/finetune/higher_resolution.py --workdir=runs/at_576 \
         --config.init.checkpoint=runs/pretrained --config.data.train='array_record:/data/pairs/train-*.array_record' \
         --config.evaluate.splits="('folder:/data/coco/val2014',)"
 
-The paper ends its pretraining with an epoch of this. Four times the patches: about four times the encoder's cost.
-Evaluated before the first step, where the resized model is a little worse than it will be.
+The paper ends its pretraining with one such epoch. There are four times as many patches, at about four times the
+encoder's cost. The evaluation before the first step shows what resizing alone costs.
 """
 
 import ml_collections

@@ -1,11 +1,11 @@
-r"""A linear probe: all weights frozen, a linear layer on what the contrastive pooler gives.
+r"""A linear probe: all weights frozen, a linear layer on the contrastive pooler's output.
 
     python -m coca_jax.main --config=configs/finetune/linear_probe.py --workdir=runs/probe \
         --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/flowers/train \
         --config.evaluate.splits="('folder:/data/flowers/val',)"
 
-Cheap: no backward pass but through the linear layer. It measures what the pretrained picture features hold; expect less
-than frozen_pooler.py. The encoder is the checkpoint's to the bit afterwards.
+It is cheap, because only the linear layer has a backward pass, and measures what the pretrained image features contain.
+Expect less than with frozen_pooler.py. The encoder keeps every bit.
 """
 
 import ml_collections

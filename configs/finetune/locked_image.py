@@ -1,11 +1,11 @@
-r"""A locked image tower (LiT, arXiv 2111.07991): the encoder and its pooler stay, the text tower learns to read them.
+r"""A locked image tower (LiT, arXiv 2111.07991): image encoder and pooler stay fixed, the text tower is trained.
 
     python -m coca_jax.main --config=configs/finetune/locked_image.py --workdir=runs/locked \
         --config.init.checkpoint=runs/pretrained --config.data.train='array_record:/data/pairs/train-*.array_record' \
         --config.evaluate.zero_shot='tfds:imagenet2012?split=validation&classes=imagenet'
 
-No backward pass through the image tower, and every bit of it stays. For a text tower from the seed (another language,
-another vocabulary): config.init.skip="('text_decoder/.*', 'text_projection/.*')" and config.data.tokenizer.
+The image tower has no backward pass and keeps every bit. For a new text tower (another language or vocabulary) set
+config.init.skip="('text_decoder/.*', 'text_projection/.*')" and config.data.tokenizer.
 """
 
 import ml_collections

@@ -1,12 +1,11 @@
-r"""LoRA (arXiv 2106.09685): low-rank updates of the attention kernels are all that is trained.
+r"""LoRA (arXiv 2106.09685): only low-rank updates of the attention kernels are trained.
 
     python -m coca_jax.main --config=configs/finetune/lora.py --workdir=runs/lora \
         --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/coco/train2014 \
         --config.evaluate.splits="('folder:/data/coco/val2014',)"
 
-Moments for the updates alone: the optimiser's state is a small share of the model's. What is loaded or exported are the
-kernels with the updates added, a model like any other. config.lora.kernels says which; with a classifier
-(config.loss.lambda_cls) that is trained too.
+The optimizer state covers the updates alone, a small share of the model. Loading and exporting merge the updates into
+the kernels. config.lora.kernels selects the kernels; a classifier (config.loss.lambda_cls) is trained as well.
 """
 
 import ml_collections

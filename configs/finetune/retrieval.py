@@ -1,11 +1,11 @@
-r"""Retrieval in a set of one's own: the contrastive half alone.
+r"""Retrieval on your own dataset: the contrastive half alone.
 
     python -m coca_jax.main --config=configs/finetune/retrieval.py --workdir=runs/retrieval \
         --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/flickr30k/train \
         --config.evaluate.splits="('folder:/data/flickr30k/val',)"
 
-The captioning half is not in the model (lambda_cap=0), which a step then does not pay for. Evaluated before the first
-step too. Expect higher recalls both ways. The larger the batch, the harder its negatives: config.microbatches.
+With lambda_cap=0 the model has no captioning half, and a step does not pay for it. It is evaluated before the first
+step too. Expect higher recall in both directions. A larger batch has harder negatives: config.microbatches makes room.
 """
 
 import ml_collections

@@ -1,13 +1,13 @@
-r"""Video classification with the frozen encoder: one pooler over the tokens of all frames (CoCa paper, section 3.3).
+r"""Video classification with a frozen encoder: one pooler over the tokens of all frames (CoCa paper, section 3.3).
 
     python -m coca_jax.main --config=configs/finetune/video.py --workdir=runs/actions \
         --config.init.checkpoint=runs/pretrained --config.data.train=folder:/data/actions/train \
         --config.evaluate.splits="('folder:/data/actions/val',)"
 
-A clip is a line of captions.jsonl, {"image": ["a/0.jpg", "a/1.jpg", ...], "label": "running"}, or a record of several
-frames in an ArrayRecord. Of each, config.model.head.frames are taken, one from each of as many equal spans of time. The
-place of each is learned too, beginning at zero: the paper's pooler is blind to order. Without config.optimizer.freeze
-all is trained (then config.optimizer.peak_lr=5e-5).
+A clip is a line of captions.jsonl, {"image": ["a/0.jpg", "a/1.jpg", ...], "label": "running"}, or an ArrayRecord record
+with several frames. config.model.head.frames frames are used, one from each of that many equal time spans. A learned
+embedding of the frame's position, initially zero, is added, because the paper's pooler ignores order. To train all
+weights, clear config.optimizer.freeze and set config.optimizer.peak_lr=5e-5.
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-r"""Visual question answering: a classifier of answers on the multimodal decoder's last text token.
+r"""Visual question answering: an answer classifier on the multimodal decoder's last text token.
 
     python -m coca_jax.main --config=configs/finetune/vqa.py --workdir=runs/vqa \
         --config.init.checkpoint=runs/pretrained \
@@ -6,10 +6,10 @@ r"""Visual question answering: a classifier of answers on the multimodal decoder
         --config.data.classes=/data/vqa/answers.txt \
         --config.evaluate.splits="('folder:/data/vqa/val?question=question&label=answer',)"
 
-A line of captions.jsonl is {"image": "1.jpg", "question": "what colour is the car?", "answer": "red"}. answers.txt has
-the answers that are told apart, e.g. the 3,129 commonest of VQA v2; a record with another one is replaced in training
-(up to config.data.max_bad of them) and wrong in evaluation. All weights are trained. Expect more than answering without
-looking gets, which is about what each question's commonest answer does. coca_jax.load(workdir).answer(...).
+A line of captions.jsonl is {"image": "1.jpg", "question": "what color is the car?", "answer": "red"}. answers.txt lists
+the candidate answers, e.g. the 3,129 commonest of VQA v2. A record with another answer is replaced in training (up to a
+share of config.data.max_bad) and counts as wrong in evaluation. All weights are trained. Compare with answering without
+the image, which reaches about the score of each question's commonest answer. Use: coca_jax.load(workdir).answer(...).
 """
 
 import ml_collections

@@ -1,11 +1,11 @@
-r"""BLIP-2's first stage (arXiv 2301.12597): 32 queries learn to read a frozen image encoder, with a text of their own.
+r"""BLIP-2's first stage (arXiv 2301.12597): 32 queries learn to read a frozen image encoder.
 
     python -m coca_jax.main --config=configs/relatives/bridge_stage_one.py --workdir=runs/bridge_one \
         --config.init.checkpoint=runs/quickstart
 
-Contrastive, captioning and matching loss on one query transformer in the place of the poolers. Image encoder and text
-decoder are the checkpoint's to the bit; the decoder is not computed yet, and stays in the model for stage two.
-Retrieval by the nearest of the queries; no captions before stage two.
+A query transformer with text layers of its own replaces the poolers and is trained on the contrastive, captioning and
+matching losses. Image encoder and text decoder keep the checkpoint's bits; the decoder is not computed in this stage.
+Retrieval uses the nearest query. Captions need stage two.
 """
 
 import pathlib

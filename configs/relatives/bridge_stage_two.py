@@ -1,10 +1,10 @@
-r"""BLIP-2's second stage: the first one's queries, projected, are what the frozen text decoder reads as the image.
+r"""BLIP-2's second stage: the frozen text decoder reads the projected queries of stage one as the image.
 
     python -m coca_jax.main --config=configs/relatives/bridge_stage_two.py --workdir=runs/bridge_two \
         --config.init.checkpoint=runs/bridge_one
 
-Captioning loss alone; its gradient goes through the decoder, and trains the bridge only. What comes out is loaded,
-scored and captions like any CoCa that was trained without contrastive half.
+The captioning loss alone; its gradient passes through the decoder and trains only the bridge. The result loads, scores
+and captions like any CoCa without a contrastive half.
 """
 
 import pathlib

@@ -1,9 +1,9 @@
-"""A captioner alone: CoCa without the contrastive half. The quickstart's model, data and optimiser.
+"""A captioner alone: CoCa without the contrastive half. The quickstart's model, data and optimizer.
 
     python -m coca_jax.main --config=configs/relatives/captioner.py --workdir=runs/captioner
 
-With lambda_con=0 there are no contrastive pooler, [CLS] and projections: it has captions and likelihoods, no features.
-Its lower decoder layers stay without cross-attention, as CoCa's are.
+With lambda_con=0 there are no contrastive pooler, [CLS] token and projections: the model has captions and likelihoods,
+but no features. Its lower decoder layers have no cross-attention, as in CoCa.
 """
 
 import pathlib

@@ -1,9 +1,9 @@
-"""CLIP (arXiv 2103.00020): the contrastive half alone. The quickstart's model, data and optimiser.
+"""CLIP (arXiv 2103.00020): the contrastive half alone. The quickstart's model, data and optimizer.
 
     python -m coca_jax.main --config=configs/relatives/clip.py --workdir=runs/clip
 
-With lambda_cap=0 neither the multimodal half nor the generative pooler nor the output softmax is in the model: it has
-no captions. docs/relatives.md compares the relatives at equal compute.
+With lambda_cap=0 the model has no multimodal half, generative pooler and output projection, so it cannot caption.
+docs/relatives.md compares the relatives at equal compute.
 """
 
 import pathlib

@@ -1,10 +1,10 @@
-r"""LiT (arXiv 2111.07991): a text tower from the seed learns to read a locked image tower, the quickstart's for one.
+r"""LiT (arXiv 2111.07991): a new text tower learns to match a locked image tower, here the quickstart's.
 
     python -m coca_jax.main --config=configs/relatives/lit.py --workdir=runs/lit \
         --config.init.checkpoint=runs/quickstart
 
-configs/finetune/locked_image.py's freezing, on the built-in set. Encoder, contrastive pooler and image projection are
-the checkpoint's to the bit; of its text nothing is taken but the vocabulary.
+The same frozen parameters as configs/finetune/locked_image.py, on the built-in emoji. Encoder, contrastive pooler and
+image projection keep the checkpoint's bits; only the vocabulary is taken from its text half.
 """
 
 import pathlib

@@ -1,9 +1,9 @@
-"""SigLIP (arXiv 2303.15343): every pair a yes or no of its own, the sigmoid in place of the softmax.
+"""SigLIP (arXiv 2303.15343): a binary decision per pair, with the sigmoid in place of the softmax.
 
     python -m coca_jax.main --config=configs/relatives/siglip.py --workdir=runs/siglip
 
-clip.py with another loss, and what SigLIP begins with: a learned bias of -10, a temperature of 0.1. The pooler is
-SigLIP's too, an attention with one learned query; its MLP is not.
+clip.py with another loss and SigLIP's initial values: a learned bias of -10, a temperature of 0.1. The pooler,
+attention with one learned query, is SigLIP's too, but without its MLP.
 """
 
 import pathlib
