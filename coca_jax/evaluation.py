@@ -18,13 +18,14 @@ from coca_jax.config import ConfigError
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.sources import Source
 from coca_jax.data.tokenizer import Tokenizer
-from coca_jax.evaluate import asked, pieces, report, suite, tables
+from coca_jax.evaluate import asked, notes, pieces, report, suite, tables
 from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.train import state as states
 from coca_jax.train.checkpoint import CheckpointError, digest, reachable
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.txt"
+_VERSION = 2  # of the figures: results of another one are computed again
 _PIECES = "pieces"  # folder of what a source has so far
 
 
@@ -109,7 +110,8 @@ def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step:
         )
         everything |= {_renamed(key, spec, name): value for key, value in metrics.items()}
     if distributed.is_first():
-        (output / RESULTS_FILE).write_text(json.dumps(everything, indent=1) + "\n")
+        said = {"notes": found} if (found := notes.of_metrics(everything)) else {}
+        (output / RESULTS_FILE).write_text(json.dumps(everything | said, indent=1) + "\n")
         table = "\n".join(tables.summary(c, everything))
         (output / TABLE_FILE).write_text(table + "\n")
         print(table)
@@ -156,6 +158,7 @@ def _evaluate(
     """The measures on one source, from the folder where they are there already."""
     assert weights.tokenizer is not None
     identity = {
+        "version": _VERSION,
         **model,
         "source": source.fingerprint(),
         "evaluate": dataclasses.asdict(c.evaluate),
@@ -182,7 +185,9 @@ def _evaluate(
             seconds=time.monotonic() - started,
             attribution=source.attribution,
         )
-        found = {"identity": identity, "metrics": results.metrics}
+        found: dict[str, Any] = {"identity": identity, "metrics": results.metrics}
+        if said := notes.of_metrics(results.metrics):
+            found["notes"] = said
         if results.classes:
             found["classes"] = {one.label: dataclasses.asdict(one) for one in results.classes}
         partial = path.with_name(path.name + ".partial")

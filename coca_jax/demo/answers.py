@@ -18,6 +18,7 @@ from coca_jax import pictures
 from coca_jax.data import label_names
 from coca_jax.data.records import DataError
 from coca_jax.evaluate import zero_shot
+from coca_jax.evaluate.splits import TextKeys
 from coca_jax.pretrained import Caption, Pretrained
 
 METHODS = ("beam", "sample", "greedy")
@@ -126,8 +127,12 @@ class Answers:
             raise ValueError(
                 f"{len(names)} words in {len(templates)} prompts are more than {MOST_TEXTS} texts: use fewer"
             )
-        said = [(label_names.words_of(name),) for name in names]
-        features = zero_shot.class_features(self.coca.encode_text, said, templates)
+        said = [label_names.words_of(name) for name in names]
+        if self.coca.tokenizer is not None:  # words that the model reads alike are one, with one probability
+            keys = TextKeys(self.coca.tokenizer, self.coca.config.model.text.length)(said)
+            kept = [keys.index(key) for key in dict.fromkeys(keys)]
+            names, said = [names[at] for at in kept], [said[at] for at in kept]
+        features = zero_shot.class_features(self.coca.encode_text, [(text,) for text in said], templates)
         cosine = features @ seen.feature.astype(np.float64)
         probability = self._probability(cosine)
         order = np.argsort(-cosine, kind="stable")

@@ -26,8 +26,9 @@ def scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
       references: of each, one or more texts.
 
     Returns:
-      `bleu_1` .. `bleu_4`, `rouge_l` and `cider` of the set (a CIDEr of 1.20 is what papers call 120), and the CIDEr of
-      each caption, float64 `[m]`.
+      `bleu_1` .. `bleu_4`, `rouge_l` and `cider` of the set (a CIDEr of 1.20 is what papers call 120), with what says
+      whether they mean anything: `images`, m; `empty`, the captions without a word; `cider_defined`, 0 where CIDEr is 0
+      whatever the captions are (see `tells_apart`), else 1. And the CIDEr of each caption, float64 `[m]`.
 
     Raises:
       ValueError: there are no captions, not as many as references, or one without a reference.
@@ -42,7 +43,9 @@ def scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
     known = [[words(text) for text in texts] for texts in references]
     each = cider(said, known)
     named = {f"bleu_{n}": value for n, value in enumerate(bleu(said, known), 1)}
-    return named | {"rouge_l": float(rouge_l(said, known).mean()), "cider": float(each.mean())}, each
+    named |= {"rouge_l": float(rouge_l(said, known).mean()), "cider": float(each.mean()), "images": float(len(said))}
+    empty = sum(not caption for caption in said)
+    return named | {"empty": float(empty), "cider_defined": float(tells_apart(known))}, each
 
 
 def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
@@ -82,6 +85,12 @@ def rouge_l(captions: Sequence[Words], references: Sequence[Sequence[Words]]) ->
         recall = max(c / len(text) for c, text in zip(common, known, strict=True))
         found.append((1 + beta) * precision * recall / (recall + beta * precision) if precision and recall else 0.0)
     return np.array(found)
+
+
+def tells_apart(references: Sequence[Sequence[Words]]) -> bool:
+    """Whether some run of words belongs to some images only. Else all weigh 0 in CIDEr, as with a single image."""
+    every = [set().union(*map(_runs, texts)) for texts in references]
+    return any(own != every[0] for own in every) or not every
 
 
 def cider(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:

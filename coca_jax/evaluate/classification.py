@@ -14,8 +14,9 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
     Returns:
       `top1`, `top5`; `mean_per_class`: top1 within each class that the classifier has and a record too, averaged;
-      `unknown`: records of classes that it does not have, which may be any number of classes; `largest_class`: the top1
-      of always answering with the commonest class; `chance/top1`, `chance/top5`: of a random ranking of the classes.
+      `unknown`: records of classes that it does not have, which may be any number of classes; `classes`: how many it
+      has, and `classes_without_images`: how many of them no record has; `largest_class`: the top1 of always answering
+      with the commonest class; `chance/top1`, `chance/top5`: of a random ranking of the classes.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     if not len(labels):
@@ -32,6 +33,8 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "top5": float(np.mean(rank <= min(5, classes))),
         "mean_per_class": float(per_class.mean()) if len(per_class) else 0.0,
         "unknown": float(np.sum(~known)),
+        "classes": float(classes),
+        "classes_without_images": float(classes - len(sizes)),
         # A class that the classifier does not have is no answer that it could always give.
         "largest_class": float(np.bincount(labels[known], minlength=1).max() / len(labels)),
         "chance/top1": 1 / classes,

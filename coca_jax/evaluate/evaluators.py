@@ -53,7 +53,8 @@ def _retrieval(split: Split) -> Results:
     name, table, images = split.name, split.table, split.rows["features"]
     texts = split.encode("texts", table.texts)
     found = retrieval.recall(images, texts, table.image_to_text, compare=split.functions.compare)
-    metrics = {f"{name}/images": float(len(table.rows)), f"{name}/texts": float(len(table.texts))} | flat(found, name)
+    counts = {"images": len(table.rows), "texts": len(table.texts), "same_texts": table.same_texts}
+    metrics = {f"{name}/{key}": float(count) for key, count in counts.items()} | flat(found, name)
     return Results(metrics, () if split.processes.index else _queries(split, images, texts))
 
 
@@ -128,7 +129,8 @@ def _likelihood(split: Split) -> Results:
     own = np.concatenate([matrix[row, right] for row, right in enumerate(table.image_to_text)]).astype(np.float64)
     measures = likelihood.recall(matrix, table.image_to_text)
     prefix = f"{split.name}/likelihood"
-    metrics = {f"{prefix}/images": float(len(chosen)), f"{prefix}/texts": float(len(table.texts))}
+    counts = {"images": len(chosen), "texts": len(table.texts), "same_texts": table.same_texts}
+    metrics = {f"{prefix}/{key}": float(count) for key, count in counts.items()}
     return Results(metrics | {f"{prefix}/log_prob": float(own.mean())} | flat(measures, prefix))
 
 
@@ -156,14 +158,19 @@ def _zero_shot(split: Split) -> Results:
     """By the contrastive half, and where `evaluate.likelihood` asks for it on some of the pictures by the captions'."""
     evaluate, table = split.config.evaluate, split.table
     labelled = np.flatnonzero([label != "" for label in table.labels])
-    labels_of = np.array(table.labels)[labelled] if len(labelled) else np.zeros(0, str)
-    classes, labels = np.unique(labels_of, return_inverse=True)
-    if not len(classes):
+    if not len(labelled):
         spec = evaluate.zero_shot
         raise ValueError(f"config.evaluate.zero_shot={spec!r} has no labels: name a labelled source, or none")
-    called = zero_shot.class_names(classes.tolist(), split.source.class_names)
-    metrics = {"zero_shot/classes": float(len(classes)), "zero_shot/images": float(len(labelled))}
-    results = Results(metrics)
+    own = [table.labels[row] for row in labelled]
+    classes, called, rows = zero_shot.candidates(own, split.source.class_names, split.keys, evaluate.prompts)
+    labels = np.array([rows[label] for label in own])
+    counts = {
+        "classes": len(classes),
+        "classes_without_images": len(classes) - len(set(labels.tolist())),
+        "same_classes": len(rows) - len(classes),
+        "images": len(labelled),
+    }
+    results = Results({f"zero_shot/{key}": float(count) for key, count in counts.items()})
     ranks: np.ndarray | None = None
     if split.functions.encode_image is not None and split.functions.encode_text is not None:
         split.bar.total += sum(map(len, called)) * len(zero_shot.expand(evaluate.prompts))
@@ -172,7 +179,8 @@ def _zero_shot(split: Split) -> Results:
         ranks = retrieval.ranks(pictures, features, labels[:, None].tolist(), compare=split.functions.compare)
         each = tuple(
             ClassScore(label, names, *zero_shot.of_class(ranks[labels == at], len(classes)))
-            for at, (label, names) in enumerate(zip(classes.tolist(), called, strict=True))
+            for at, (label, names) in enumerate(zip(classes, called, strict=True))
+            if (labels == at).any()
         )
         results += Results(flat(zero_shot.accuracy(ranks, labels, len(classes)), "zero_shot"), classes=each)
         if not split.processes.index:

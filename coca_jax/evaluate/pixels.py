@@ -16,9 +16,10 @@ from coca_jax.data import images
 from coca_jax.data.records import BadExample, Record
 from coca_jax.data.sources import Source
 from coca_jax.evaluate import retrieval
+from coca_jax.evaluate.splits import TextKeys
 
 LIMIT = 20_000  # records of a source: beyond it the lookup would take longer than the rest of an evaluation
-_VERSION = 1  # of the computation: raise it where the figures change
+_VERSION = 2  # of the computation: raise it where the figures change
 
 
 def baselines(
@@ -26,6 +27,7 @@ def baselines(
     reference: Source,
     style: str = "",
     *,
+    keys: TextKeys | None = None,
     size: int = 32,
     background: tuple[int, int, int] = (255, 255, 255),
     cache: epath.PathLike | None = None,
@@ -38,6 +40,7 @@ def baselines(
       reference: a training source. All its records are read, those with a name of some split are decoded. Here as in
         the splits, records that cannot be used are left out.
       style: the style of the reference pictures, e.g. a designer; empty: all of them.
+      keys: Tells which texts count as the same, as for the model beside which the baseline stands; None: equal ones.
       size: side at which pictures are compared, pixels.
       background: RGB under transparent pixels.
       cache: JSON file in which results are kept, by the fingerprints of the sources; None keeps none.
@@ -48,28 +51,29 @@ def baselines(
     """
     path = epath.Path(cache) if cache is not None else None
     known = _read(path)
-    keys = {name: _key(source, reference, style, size, background) for name, source in splits.items()}
-    missing = {name: source for name, source in splits.items() if keys[name] not in known}
+    reads = keys.fingerprint() if keys else ""
+    entries = {name: _key(source, reference, style, size, background, reads) for name, source in splits.items()}
+    missing = {name: source for name, source in splits.items() if entries[name] not in known}
     if missing:
         bar = bar or tqdm(disable=True)
         bar.total = (bar.total or 0) + sum(map(len, missing.values())) + len(reference)
         bar.set_description("pixel baseline")
-        held_out = {name: _pictures(source, size, background, bar) for name, source in missing.items()}
+        held_out = {name: _pictures(source, size, background, bar, keys) for name, source in missing.items()}
         wanted = {text for captions, _ in held_out.values() for texts in captions for text in texts}
         styles: set[str] = set()
 
         def useful(record: Record) -> bool:
             styles.add(record.style)
-            return (not style or record.style == style) and not wanted.isdisjoint(record.captions)
+            return (not style or record.style == style) and not wanted.isdisjoint(_texts(record, keys))
 
-        names, references = _pictures(reference, size, background, bar, useful)
+        names, references = _pictures(reference, size, background, bar, keys, useful)
         if style and style not in styles:
             raise ValueError(no_such_style(style, reference, styles))
         for name, (captions, pictures) in held_out.items():
             distinct, image_to_text = retrieval.unique_texts(captions)
-            known[keys[name]] = retrieval.pixel_baseline(pictures, image_to_text, distinct, references, names)
+            known[entries[name]] = retrieval.pixel_baseline(pictures, image_to_text, distinct, references, names)
         _write(path, known)
-    return {name: known[key] for name, key in keys.items()}
+    return {name: known[entry] for name, entry in entries.items()}
 
 
 def no_such_style(style: str, reference: Source, styles: set[str]) -> str:
@@ -84,18 +88,24 @@ def _pictures(
     size: int,
     background: tuple[int, int, int],
     bar: tqdm,
+    keys: TextKeys | None,
     useful: Callable[[Record], bool] = lambda record: True,
 ) -> tuple[list[tuple[str, ...]], np.ndarray]:
-    """Captions, and pixels uint8 `[m, size, size, 3]`, of the records that are useful and can be used."""
+    """Texts, and pixels uint8 `[m, size, size, 3]`, of the records that are useful and can be used."""
     captions, pictures = [], []
     for row in range(len(source)):
         with contextlib.suppress(BadExample):
             record = source[row]
             if useful(record):
                 pictures.append(images.decode_and_fit(record.image, size, background=background))
-                captions.append(record.captions)
+                captions.append(_texts(record, keys))
         bar.update()
     return captions, np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
+
+
+def _texts(record: Record, keys: TextKeys | None) -> tuple[str, ...]:
+    """What a record's captions are compared by."""
+    return record.captions if keys is None else keys(text for text in record.captions if text.strip())
 
 
 def _key(source: Source, reference: Source, *settings: object) -> str:

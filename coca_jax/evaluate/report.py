@@ -22,6 +22,7 @@ from PIL import Image
 from coca_jax import config as config_lib
 from coca_jax.data import images
 from coca_jax.evaluate import curves, suite, tables, template
+from coca_jax.evaluate import notes as figure_notes
 from coca_jax.evaluate.figures import ABSENT, duration, million, percent, plain
 
 REPORT_FILE = "report.html"
@@ -129,7 +130,7 @@ def _notes(history: curves.History, metrics: Mapping[str, float]) -> list[str]:
         )
     if not history.series:
         notes.append("metrics.jsonl has no entries yet, so there are no curves.")
-    return notes
+    return notes + [f"{note}." for note in figure_notes.of_metrics(metrics)]
 
 
 def _tiles(metrics: Mapping[str, float], splits: Sequence[str]) -> list[dict[str, str]]:

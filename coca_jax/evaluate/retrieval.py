@@ -37,14 +37,27 @@ class Comparer(Protocol):
     ) -> Callable[[np.ndarray, np.ndarray, float], tuple[np.ndarray, np.ndarray]]: ...
 
 
-def unique_texts(captions: Sequence[Sequence[str]]) -> tuple[list[str], list[list[int]]]:
-    """Distinct texts in order of appearance, and for each picture the rows of its own.
+def unique_texts(
+    captions: Sequence[Sequence[str]], keys: Sequence[Sequence[str]] | None = None
+) -> tuple[list[str], list[list[int]]]:
+    """Distinct texts in order of appearance, and for each image the rows of its own.
 
-    A text that several pictures carry is one candidate, right for each of them.
+    A text that several images carry is one candidate, right for each of them.
+
+    Args:
+      captions: The texts of each image.
+      keys: For each caption what it is compared by: captions with equal keys are the same text, which is then the first
+        of them. None compares the captions themselves.
     """
     rows: dict[str, int] = {}
-    image_to_text = [[rows.setdefault(text, len(rows)) for text in dict.fromkeys(texts)] for texts in captions]
-    return list(rows), image_to_text
+    texts: list[str] = []
+    image_to_text = []
+    for own, own_keys in zip(captions, captions if keys is None else keys, strict=True):
+        for text, key in zip(own, own_keys, strict=True):
+            if rows.setdefault(key, len(texts)) == len(texts):
+                texts.append(text)
+        image_to_text.append(list(dict.fromkeys(rows[key] for key in own_keys)))
+    return texts, image_to_text
 
 
 def invert(truth: Truth, candidates: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -61,36 +62,76 @@ PASSES: dict[str, Callable[[Functions, Batch], dict[str, Array]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class TextKeys:
+    """Tells which texts the model reads as the same one, such as texts that differ in blanks or beyond its length.
+
+    Attributes:
+      tokenizer: The model's.
+      length: Token ids that the model reads of a text.
+    """
+
+    tokenizer: Tokenizer
+    length: int
+
+    def __call__(self, texts: Iterable[str]) -> tuple[str, ...]:
+        """A digest of the token ids of each text: equal where the model reads the same."""
+        rows = (self.tokenizer.encode(text, self.length).tobytes() for text in texts)
+        return tuple(hashlib.blake2b(row, digest_size=16).hexdigest() for row in rows)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.tokenizer.to_bytes() + b"%d" % self.length).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
-    """The text of a source: numbers, captions and labels of its records, and the distinct captions."""
+    """The text of a source.
+
+    Attributes:
+      rows: Numbers of the records.
+      captions, labels: Of each record.
+      keys: Of each record's captions, see TextKeys.
+      texts: The captions that the model reads differently.
+      image_to_text: For each record the rows of its captions in `texts`.
+    """
 
     rows: list[int]
     captions: list[tuple[str, ...]]
     labels: list[str]
+    keys: list[tuple[str, ...]]
     texts: list[str]
     image_to_text: list[list[int]]
 
     @classmethod
-    def of(cls, rows: list[int], captions: list[tuple[str, ...]], labels: list[str]) -> Table:
-        return cls(rows, captions, labels, *retrieval.unique_texts(captions))
+    def of(
+        cls, rows: list[int], captions: list[tuple[str, ...]], labels: list[str], keys: list[tuple[str, ...]]
+    ) -> Table:
+        return cls(rows, captions, labels, keys, *retrieval.unique_texts(captions, keys))
 
     @classmethod
-    def read(cls, source: Source, processes: Processes) -> Table:
-        def text(row: int) -> tuple[tuple[str, ...], str]:
+    def read(cls, source: Source, processes: Processes, keys: TextKeys) -> Table:
+        def text(row: int) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
             try:
                 record = source[row]
+                captions = tuple(caption for caption in record.captions if caption.strip())
+                return captions, record.label, keys(captions)
             except BadExample:  # the pass over the pictures finds it too, and leaves it out
-                return (), ""
-            return tuple(caption for caption in record.captions if caption.strip()), record.label
+                return (), "", ()
 
         rows = range(processes.index, len(source), processes.count)
         shares = processes.gather([text(row) for row in rows])
         records = [shares[i % processes.count][i // processes.count] for i in range(len(source))]
-        return cls.of(list(range(len(source))), [tuple(r[0]) for r in records], [r[1] for r in records])
+        captions, labels, of_captions = ([record[i] for record in records] for i in range(3))
+        return cls.of(list(range(len(source))), list(map(tuple, captions)), labels, list(map(tuple, of_captions)))
+
+    @property
+    def same_texts(self) -> int:
+        """How many different captions the model reads as one before them."""
+        return len({caption for captions in self.captions for caption in captions}) - len(self.texts)
 
     def only(self, kept: Sequence[int]) -> Table:
         """That of some of its rows."""
-        return Table.of([self.rows[i] for i in kept], [self.captions[i] for i in kept], [self.labels[i] for i in kept])
+        columns = (self.rows, self.captions, self.labels, self.keys)
+        return Table.of(*([column[i] for i in kept] for column in columns))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +159,11 @@ class Split:
     pieces: Pieces
     bar: tqdm
     first: bool
+
+    @property
+    def keys(self) -> TextKeys:
+        """Tells which texts the model reads as the same one."""
+        return TextKeys(self.tokenizer, self.config.model.text.length)
 
     def encode(self, name: str, texts: Sequence[str]) -> Array:
         """Features of texts, `[n, d]`; `name` is what they are kept by."""

@@ -17,7 +17,7 @@ from coca_jax.evaluate import asked, pixels
 from coca_jax.evaluate.evaluators import EVALUATORS, GALLERY, SHOWN, flat
 from coca_jax.evaluate.pieces import Pieces
 from coca_jax.evaluate.results import Answer, Caption, ClassScore, Functions, Processes, Query, Results
-from coca_jax.evaluate.splits import Batches, Split, Table, one_pass, spread, without
+from coca_jax.evaluate.splits import Batches, Split, Table, TextKeys, one_pass, spread, without
 from coca_jax.evaluate.splits import names_of as split_names
 
 __all__ = [
@@ -52,7 +52,8 @@ def run(
 ) -> Results:
     """Evaluates every split of `config.evaluate` with all of EVALUATORS; a progress bar runs along.
 
-    Metrics, per split: `seen/images`, `seen/texts` (how many are ranked), `seen/image_to_text/r1` (r5, r10,
+    Metrics, per split: `seen/images`, `seen/texts` (how many are ranked), `seen/same_texts` (captions that the
+    model reads as another, and which are no candidates of their own), `seen/image_to_text/r1` (r5, r10,
     median_rank), `seen/text_to_image/...`, `seen/chance/...`, `seen/pixel/image_to_text/...` and so on,
     `seen/caption_loss` (nats a token, against the caption in the batch), `seen/perplexity`; of the first split
     `seen/caption_exact_match`, the share of the generated captions that is right word for word; with
@@ -95,7 +96,8 @@ def run(
     for spec in specs:
         if spec not in sources or not len(sources[spec]):
             raise ValueError(f"config.evaluate names {spec!r}, which is {'empty' if spec in sources else 'not loaded'}")
-    tables = {spec: Table.read(sources[spec], processes) for spec in specs}
+    keys = TextKeys(tokenizer, config.model.text.length)
+    tables = {spec: Table.read(sources[spec], processes, keys) for spec in specs}
     encodes = functions.encode_image is not None and functions.encode_text is not None
     bar = tqdm(
         total=sum(len(t.captions) + (len(t.texts) if encodes else 0) for t in tables.values()),
@@ -134,7 +136,7 @@ def run(
             if processes.index == 0:
                 background = config.data.background
                 pixel = pixels.baselines(
-                    held_out, reference, reference_style, background=background, cache=cache, bar=bar
+                    held_out, reference, reference_style, keys=keys, background=background, cache=cache, bar=bar
                 )
             for name, measures in processes.gather(pixel)[0].items():
                 results += Results(flat(measures, f"{name}/pixel"))

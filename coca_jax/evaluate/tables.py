@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coca_jax import config as config_lib
-from coca_jax.evaluate import retrieval, suite
+from coca_jax.evaluate import notes, retrieval, suite
 from coca_jax.evaluate.figures import ABSENT, percent, plain
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -65,7 +65,7 @@ def summary(c: config_lib.Config, metrics: Mapping[str, float]) -> list[str]:
             top1, top5, mean, chance = (f"{metrics[f'{path}/{kind}']:.4f}" for kind in kinds)
             who = "" if path == "zero_shot" else f"{title}: "
             lines.append(f"zero-shot      {who}top-1 {top1}, top-5 {top5}, mean of classes {mean}, chance {chance}")
-    return lines
+    return lines + [f"note: {note}" for note in notes.of_metrics(metrics)]
 
 
 def recall(metrics: Mapping[str, float], name: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import collections
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,48 @@ def class_names(labels: Sequence[str], given: Mapping[str, Sequence[str]] | None
     if missing := [label for label, words in zip(labels, names, strict=True) if not words]:
         raise ValueError(f"zero-shot classification: {label_names.no_name(missing[0])}")
     return names
+
+
+def candidates(
+    labels: Iterable[str],
+    given: Mapping[str, Sequence[str]] | None,
+    keys: Callable[[Iterable[str]], Sequence[str]],
+    prompts: Sequence[str],
+) -> tuple[list[str], list[tuple[str, ...]], dict[str, int]]:
+    """The classes that an image may be given: those that the source names, with or without images, and the labels.
+
+    Classes whose prompts the model reads as the same texts are one class, as with the texts of retrieval.
+
+    Args:
+      labels: Of the images.
+      given: See `class_names`.
+      keys: See `splits.TextKeys`.
+      prompts: Templates of `class_features`.
+
+    Returns:
+      The classes in the order of their labels (those of one class joined by " / "), the names of each, and the row in
+      them of every label.
+    """
+    everything = sorted({*labels, *(given or ())})
+    called = class_names(everything, given)
+    prompts = expand(prompts)
+
+    def read(names: Sequence[str], some: Sequence[str]) -> tuple[str, ...]:
+        return tuple(sorted(keys([prompt.replace("{}", name) for name in names for prompt in some])))
+
+    # All prompts are read only of those classes that the first cannot tell apart.
+    first = [read(names, prompts[:1]) for names in called]
+    several = {key for key, count in collections.Counter(first).items() if count > 1}
+    whole = [
+        (key, read(names, prompts) if key in several else label)
+        for label, names, key in zip(everything, called, first, strict=True)
+    ]
+    members: dict[Any, list[int]] = {}
+    for at, key in enumerate(whole):
+        members.setdefault(key, []).append(at)
+    rows = {everything[at]: row for row, own in enumerate(members.values()) for at in own}
+    joined = [" / ".join(everything[at] for at in own) for own in members.values()]
+    return joined, [called[own[0]] for own in members.values()], rows
 
 
 def class_features(

@@ -81,6 +81,10 @@ def test_labels_are_the_loss_of_the_model_over_the_words(coca: Pretrained) -> No
     each = Answers(sigmoid)._probability(cosine)
     np.testing.assert_allclose(each, 1 / (1 + np.exp(2.0 - np.exp(coca.params["logit_scale"]) * cosine)), rtol=1e-5)
 
+    again = behind.labels(seen, "a red dot,a blue cross,a black  bar on top,a\u00a0red dot,a black bar on top")
+    assert [x.word for x in again] == [x.word.replace("black bar", "black  bar") for x in found]
+    np.testing.assert_allclose([x.probability for x in again], [x.probability for x in found], rtol=1e-5)
+
     prompted = behind.labels(seen, "red dot, blue cross", "a {} | the {}")
     mean = coca.encode_text(["a red dot", "the red dot", *words])[:2].mean(axis=0)
     wanted = mean @ seen.feature / np.linalg.norm(mean)

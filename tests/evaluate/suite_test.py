@@ -84,11 +84,12 @@ def test_metrics_have_their_names_and_are_plain_numbers(world):
     metrics = run(world, whole(world)).metrics
     ways = ("image_to_text", "text_to_image")
     expected = {"seen/caption_exact_match"} | {f"zero_shot/{name}" for name in ("classes", "images", "largest_class")}
+    expected |= {"zero_shot/classes_without_images", "zero_shot/same_classes"}
     expected |= {f"zero_shot/{name}" for name in ("top1", "top5", "mean_per_class", "chance/top1", "chance/top5")}
     for name in ("seen", "new"):
         groups = [*ways, "chance", *(f"pixel/{way}" for way in ways)]
         expected |= {f"{name}/{group}/{key}" for group in groups for key in SPLIT}
-        expected |= {f"{name}/{key}" for key in ("images", "texts", "caption_loss", "perplexity")}
+        expected |= {f"{name}/{key}" for key in ("images", "texts", "same_texts", "caption_loss", "perplexity")}
     assert set(metrics) == expected
     assert all(type(value) is float for value in metrics.values())
     assert json.loads(json.dumps(metrics)) == metrics
