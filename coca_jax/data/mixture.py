@@ -45,6 +45,7 @@ class Mixture:
         found = [source.tokenizer_path for source in sources if source.tokenizer_path]
         self.tokenizer_path: epath.Path | None = found[0] if found else None
         self.attribution = "\n".join(dict.fromkeys(source.attribution for source in sources if source.attribution))
+        self.remarks = [remark for source in sources for remark in getattr(source, "remarks", ())]
         names = [source.class_names for source in sources if source.class_names]
         self.class_names: Mapping[str, Sequence[str]] | None = names[0] if names else None
 

@@ -40,6 +40,8 @@ class Description:
       examples: some of its records.
       bad: those that cannot be used.
       attribution: of the source.
+      tokenizer: counts tokens.
+      remarks: of the source.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Description:
     bad: list[Dropped]
     attribution: str
     tokenizer: Tokenizer | None = None
+    remarks: Sequence[str] = ()
 
 
 def describe(source: str, sample: int = 1000, tokenizer: str = "", *, progress: bool = True) -> Description:
@@ -70,7 +73,7 @@ def describe(source: str, sample: int = 1000, tokenizer: str = "", *, progress: 
     model = Tokenizer(path) if path else None
     sample = min(sample or total, total)
     shown = {k * sample // min(SHEET, sample) for k in range(min(SHEET, sample))}
-    found = Description(inputs.name, total, Statistics(), [], [], [], inputs.attribution, model)
+    found = Description(inputs.name, total, Statistics(), [], [], [], inputs.attribution, model, inputs.remarks)
     for k in tqdm.trange(sample, desc="describe", unit=" records", disable=not progress, leave=False):
         index = k * total // sample
         key: str | None = None
@@ -103,6 +106,7 @@ def text(found: Description, length: int) -> str:
     lines += ["", f"{statistics.bad} of {sampled} cannot be used"]
     lines += page.dropped(statistics.summary()["dropped"])
     lines += [f"    e.g. {page.one_line(bad.message)}" for bad in found.bad[:3]]
+    lines += [page.one_line(remark, 1000) for remark in found.remarks]
     if found.examples:
         lines += ["", "examples"]
         for record in found.examples[:5]:

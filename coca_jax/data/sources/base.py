@@ -49,6 +49,7 @@ class Source(Protocol):
       tokenizer_path: a SentencePiece model that comes with the data; None where there is none.
       attribution: authors and licences of the pictures, for whoever shows them; empty where unknown.
       class_names: what captions call each label, one name or more; None where a label is its own name.
+      remarks: lines for whoever looks at the data, on files that are not read; a source need not have it.
     """
 
     name: str

@@ -52,6 +52,7 @@ class Prompted:
         self.name: str = source.name
         self.tokenizer_path: epath.Path | None = source.tokenizer_path
         self.attribution: str = source.attribution
+        self.remarks: Sequence[str] = getattr(source, "remarks", ())
         self.class_names: Mapping[str, Sequence[str]] | None = source.class_names
         if classes is not None:
             self.class_names = {c.label: list(c.names) for c in classes.values()}

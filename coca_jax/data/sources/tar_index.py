@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Iterator
 
@@ -21,29 +20,19 @@ import numpy as np
 from coca_jax import cache
 from coca_jax.data import opening
 from coca_jax.data.records import DataError
-from coca_jax.data.sources import files, patience, tar_walk
-from coca_jax.data.sources.base import IMAGE_EXTENSIONS, MAX_BYTES, one_line
+from coca_jax.data.sources import files, patience, tar_samples, tar_walk
+from coca_jax.data.sources.base import one_line
 from coca_jax.data.sources.files import File
-from coca_jax.data.sources.tar_walk import DamagedTar, Member
+from coca_jax.data.sources.tar_samples import ROW, Counts, Samples
+from coca_jax.data.sources.tar_walk import DamagedTar
 
 SUFFIX = ".coca_jax_index"
 # Raise it with every change of what is kept: an index of another version is made again.
-_VERSION = 3
+_VERSION = 4
 _MAGIC = b"CoCaTAR\n"
 _HEAD = 4096  # bytes before the rows
 _STREAM = 8 << 20  # bytes that a store is asked for at once while its headers are read
 
-# The members of a sample. Of each: offset of its bytes, their number, and how many bytes of header precede them.
-IMAGE, TEXT, JSON, CLASS = range(4)
-_MEMBERS = {extension: IMAGE for extension in IMAGE_EXTENSIONS} | {"txt": TEXT, "json": JSON, "cls": CLASS}
-ROW = np.dtype([("offset", "<u8", 4), ("size", "<u4", 4), ("header", "<u4", 4)])
-# In place of a header's size: the member is not there; it is there and cut off, or too large.
-ABSENT, CUT, LARGE = 0, 1, 2
-
-_Row = tuple[list[int], list[int], list[int]]
-
-# WebDataset's rule: a key is the path up to the first dot of the last part, and what follows says what the file is.
-_KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
 # What files begin with that look like a tar and are packed once more.
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -58,6 +47,7 @@ class Shard:
       count: samples.
       problem: what is wrong with the tar file; empty where it is whole.
       whole: samples before the one that the problem cuts off.
+      counts: see tar_samples.remarks.
     """
 
     file: File
@@ -65,17 +55,7 @@ class Shard:
     count: int
     problem: str
     whole: int
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Key and extension (in lower case) of a member's name; both empty where it is not part of a sample."""
-    found = _KEY.fullmatch(name)
-    return (found[1], found[2].lower()) if found else ("", "")
-
-
-def kind_of(extension: str) -> int | None:
-    """IMAGE, TEXT, JSON or CLASS; None where the extension is of another kind."""
-    return _MEMBERS.get(extension)
+    counts: Counts = dataclasses.field(default_factory=dict, hash=False)
 
 
 def find(file: File) -> Shard | None:
@@ -102,7 +82,7 @@ def build(file: File) -> Shard:
     """
     if (shard := find(file)) is not None:  # another process was quicker
         return shard
-    rows, problem, whole = _rows(file)
+    rows, problem, whole, counts = _rows(file)
     head = {
         "version": _VERSION,
         "name": file.name,
@@ -111,6 +91,7 @@ def build(file: File) -> Shard:
         "count": len(rows),
         "problem": problem,
         "whole": whole,
+        "counts": counts,
     }
     packed = msgpack.packb(head, unicode_errors="surrogateescape")
     content = (_MAGIC + len(packed).to_bytes(4, "little") + packed).ljust(_HEAD, b"\0") + rows.tobytes()
@@ -166,8 +147,9 @@ def _opened(path: str, file: File) -> Shard | None:
         wanted = (_VERSION, file.name, file.size, file.version)
         if tuple(found[key] for key in ("version", "name", "size", "changed")) != wanted:
             return None
-        shard = Shard(file, path, int(found["count"]), str(found["problem"]), int(found["whole"]))
-    except (ValueError, KeyError, TypeError, OverflowError, msgpack.UnpackException):
+        counts = {str(what): (int(count), str(name)) for what, (count, name) in found["counts"].items()}
+        shard = Shard(file, path, int(found["count"]), str(found["problem"]), int(found["whole"]), counts)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, msgpack.UnpackException):
         return None
     return shard if size == _HEAD + shard.count * ROW.itemsize else None
 
@@ -209,11 +191,9 @@ def _reader(file: File) -> Iterator[tar_walk.Read]:
         yield lambda start, length: patience.patiently(lambda: read(start, length), file.path)
 
 
-def _rows(file: File) -> tuple[np.ndarray, str, int]:
-    """The rows of all samples, what is wrong with the file, and how many samples are whole."""
-    rows: list[_Row] = []
-    last_key, problem = None, ""
-    extensions = set[str]()  # of the last sample
+def _rows(file: File) -> tuple[np.ndarray, str, int, Counts]:
+    """The rows of all samples, what is wrong with the file, how many samples are whole, and what else was found."""
+    samples, problem, ends = Samples(file.size), "", False
     try:
         with _reader(file) as read:
             start = read(0, 8)
@@ -222,52 +202,17 @@ def _rows(file: File) -> tuple[np.ndarray, str, int]:
                     f"{file.path} is packed with {packed}, and has to be read from its beginning: unpack it"
                 )
             try:
-                for member in tar_walk.walk(read, file.size):
-                    key, extension = split_name(member.name)
-                    which = kind_of(extension) if key else None
-                    if which is None:
-                        continue
-                    # A name that comes again begins another sample: shards that were joined may repeat their keys.
-                    if key != last_key or extension in extensions:
-                        rows.append(([0] * 4, [0] * 4, [ABSENT] * 4))
-                        last_key, extensions = key, set()
-                    extensions.add(extension)
-                    if rows[-1][2][which] == ABSENT:  # the first of several pictures is the sample's
-                        _place(rows[-1], which, member, file.size)
-                if not read(file.size - tar_walk.BLOCK, tar_walk.BLOCK).strip(b"\0"):
-                    return _array(rows), "", len(rows)
+                for member in tar_walk.walk(read, file.size, passed=samples.pass_over):
+                    samples.add(member)
+                ends = not read(file.size - tar_walk.BLOCK, tar_walk.BLOCK).strip(b"\0")
             except DamagedTar as error:
                 problem = str(error)
-                if not rows and problem.startswith("there is no tar header at byte 0"):
-                    raise DataError(f"{file.path} is no tar file: leave it out") from None
     except OSError as error:
         raise DataError(f"{file.path} cannot be read: {one_line(error)}") from error
-    lost = _lost(rows) if rows else False
+    rows = samples.finish()
+    if not rows and problem.startswith("there is no tar header at byte 0"):
+        raise DataError(f"{file.path} is no tar file: leave it out")
+    lost = tar_samples.lost(rows) if rows and not ends else False
     if lost and not problem:
         problem = "it ends without the mark of its end"
-    return _array(rows), problem, len(rows) - lost
-
-
-def _array(rows: list[_Row]) -> np.ndarray:
-    return np.array(rows, ROW) if rows else np.zeros(0, ROW)
-
-
-def _lost(rows: list[_Row]) -> bool:
-    """Whether the last sample of a file that has no end lacks what the one before has; marks that as cut off."""
-    headers = rows[-1][2]
-    usual = [which for which in range(4) if rows[-2][2][which] != ABSENT] if len(rows) > 1 else [IMAGE, TEXT]
-    for which in usual:
-        if headers[which] == ABSENT:
-            headers[which] = CUT
-    return CUT in headers
-
-
-def _place(row: _Row, which: int, member: Member, size: int) -> None:
-    offsets, sizes, headers = row
-    if member.offset + member.size > size:
-        headers[which] = CUT
-    elif member.size > MAX_BYTES:
-        headers[which] = LARGE
-    else:
-        offsets[which], sizes[which] = member.offset, member.size
-        headers[which] = member.offset - member.header
+    return tar_samples.array(rows), problem, len(rows) - lost, samples.counts

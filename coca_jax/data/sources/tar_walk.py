@@ -40,13 +40,14 @@ class Member(NamedTuple):
     size: int
 
 
-def walk(read: Read, size: int, start: int = 0) -> Iterator[Member]:
+def walk(read: Read, size: int, start: int = 0, passed: Callable[[str], object] | None = None) -> Iterator[Member]:
     """Yields the regular files in order; folders, links, devices and sparse files are passed over.
 
     Args:
       read: gives the file's bytes; is asked in ascending order.
       size: of the file, bytes.
       start: offset of a header to begin at.
+      passed: is called with the name of each link and sparse file, which are passed over.
 
     Raises:
       DamagedTar: the file ends before its end, or something else than a header stands where one should. The last member
@@ -88,8 +89,12 @@ def walk(read: Read, size: int, start: int = 0) -> Iterator[Member]:
         if kind not in _REGULAR or (kind == 0 and member.name.endswith("/")):
             # Of links, devices and folders no data follow, whatever their size says; of unknown kinds they do.
             length = 0 if kind in b"\000123456" else length
+            if passed is not None and kind in b"12S":
+                passed(member.name)
         elif not any(key.startswith("GNU.sparse.") for key in pax):
             yield member
+        elif passed is not None:
+            passed(pax.get("GNU.sparse.name", member.name))
         at = first = data + _padded(length)
         name, pax = None, {}
         if at > size and data + length > size:

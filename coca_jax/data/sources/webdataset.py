@@ -17,10 +17,11 @@ import tqdm
 from absl import logging
 
 from coca_jax.data.records import BadExample, DataError, Record
-from coca_jax.data.sources import files, tar_index, tar_walk
-from coca_jax.data.sources.base import MAX_BYTES, Spec, digest, one_line, texts
+from coca_jax.data.sources import files, tar_index, tar_samples, tar_walk
+from coca_jax.data.sources.base import CAPTION_NAMES, MAX_BYTES, Spec, digest, one_line, texts
 from coca_jax.data.sources.files import File
-from coca_jax.data.sources.tar_index import CLASS, IMAGE, JSON, TEXT, Shard
+from coca_jax.data.sources.tar_index import Shard
+from coca_jax.data.sources.tar_samples import CLASS, IMAGE, JSON, TEXT
 
 # Fewer shards than this are indexed by threads: processes take seconds to start.
 _PROCESSES_FROM = 128
@@ -30,9 +31,9 @@ _WHAT = {IMAGE: "picture", TEXT: "txt", JSON: "json", CLASS: "cls"}
 
 
 class WebDataset:
-    """Samples of tar shards: files next to one another whose names are alike up to the first dot.
+    """Samples of tar shards: files whose names are alike up to the first dot; see tar_samples for what else is one.
 
-    A picture (of base.IMAGE_EXTENSIONS), and its caption in a `txt`, or in fields of a `json`; a label in a `cls`
+    An image (of base.IMAGE_EXTENSIONS), and its caption in a `txt`, or in fields of a `json`; a label in a `cls`
     or in a field of the `json`. Other files are passed over, folders and links too. Nothing is unpacked.
 
     A random sample costs a read of 64 bytes of the shard's index and one of the sample; in a bucket one request.
@@ -40,6 +41,9 @@ class WebDataset:
     Args:
       spec: its options are `caption` (fields of the json, separated by commas) and `label` (`cls`, or a field).
       found: the shards, in order.
+
+    Attributes:
+      remarks: lines on images that are not read, and on samples that were put together.
 
     Raises:
       DataError: a shard cannot be read, is no tar file, or is packed.
@@ -61,6 +65,9 @@ class WebDataset:
                     "%s is damaged: %s; %d samples before are whole. Download it again.",
                     *(shard.file.path, shard.problem, shard.whole),
                 )
+        self.remarks = tar_samples.remarks(shard.counts for shard in self._shards)
+        for remark in self.remarks:
+            logging.warning("%s: %s", self.name, remark)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -72,29 +79,31 @@ class WebDataset:
         sample = number - (int(self._ends[place]) - shard.count)
         row = tar_index.row(shard, sample)
         where = f"{shard.file.path}: sample {sample}"
-        wanted = [IMAGE, JSON if self._captions else TEXT, CLASS if self._label == "cls" else JSON]
         state = row["header"].tolist()
+        has_text = state[TEXT] != tar_samples.ABSENT or state[JSON] <= tar_samples.LARGE
+        wanted = [IMAGE, TEXT if has_text and not self._captions else JSON, CLASS if self._label == "cls" else JSON]
         self._check(where, state, wanted)
         key, contents = self._contents(
-            place, shard, row, [w for w in dict.fromkeys(wanted) if state[w] > tar_index.LARGE]
+            place, shard, row, [w for w in dict.fromkeys(wanted) if state[w] > tar_samples.LARGE]
         )
         where += f" ({key})"
         fields = _fields(contents[JSON], where) if JSON in contents else {}
         captions: tuple[str, ...]
         if self._captions:
             captions = tuple(text for field in self._captions for text in texts(fields.get(field)))
-        else:
+        elif TEXT in wanted:
             captions = texts(_decoded(contents.get(TEXT, b""), where).strip())  # editors end files with a line's end
+        else:
+            captions = next((found for name in CAPTION_NAMES if (found := texts(fields.get(name)))), ())
         if self._label == "cls":
             label = _decoded(contents.get(CLASS, b""), where).strip()
         else:
             value = fields.get(self._label)
             label = str(value).strip() if isinstance(value, str | int) else ""
         if not captions and not label:
-            has = ", ".join(_WHAT[which] for which in range(4) if state[which] > tar_index.LARGE)
-            raise BadExample(
-                "no_caption", f"{where} has no caption: it has {has}; name fields of the json by ?caption="
-            )
+            has = ", ".join(_WHAT[which] for which in range(4) if state[which] > tar_samples.LARGE)
+            fix = "name fields of the json by ?caption=" if JSON in contents or state[JSON] else "a KEY.txt holds it"
+            raise BadExample("no_caption", f"{where} has no caption: it has {has}; {fix}")
         return Record(f"{self._names[place]}:{key}", contents[IMAGE], captions, label)
 
     def __repr__(self) -> str:
@@ -115,11 +124,11 @@ class WebDataset:
     def _check(self, where: str, state: Sequence[int], wanted: Sequence[int]) -> None:
         for which in wanted:
             what = _WHAT[which]
-            if state[which] == tar_index.CUT:
+            if state[which] == tar_samples.CUT:
                 raise BadExample("truncated", f"{where}: the shard ends before the end of its {what}")
-            if state[which] == tar_index.LARGE:
+            if state[which] == tar_samples.LARGE:
                 raise BadExample("unreadable", f"{where}: its {what} has more than {MAX_BYTES} bytes")
-            if state[which] == tar_index.ABSENT and which == IMAGE:
+            if state[which] == tar_samples.ABSENT and which == IMAGE:
                 raise BadExample("empty", f"{where} has no picture")
 
     def _contents(
@@ -139,21 +148,20 @@ class WebDataset:
             parts = [whole[start - first : end - first] for start, end in spans]
         else:
             parts = [self._bytes(place, shard, start, end) for start, end in spans]
-        keys, contents = set(), {}
+        names, contents = {}, {}
         for which, part, (start, end) in zip(wanted, parts, spans, strict=True):
             header = int(row["header"][which])
             try:
                 name, size = tar_walk.name_in(part[:header])
             except tar_walk.DamagedTar:
                 raise changed from None
-            key, extension = tar_index.split_name(name)
-            if len(part) != end - start or size != len(part) - header or tar_index.kind_of(extension) != which:
+            if len(part) != end - start or size != len(part) - header:
                 raise changed
-            keys.add(key)
+            names[which] = name
             contents[which] = part[header:]
-        if len(keys) != 1:
+        if not (key := tar_samples.key_of(names)):
             raise changed
-        return keys.pop().encode(errors="surrogateescape").decode(errors="replace"), contents
+        return key.encode(errors="surrogateescape").decode(errors="replace"), contents
 
     def _bytes(self, place: int, shard: Shard, start: int, end: int) -> bytes:
         file = shard.file

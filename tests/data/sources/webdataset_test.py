@@ -18,7 +18,7 @@ import pytest
 
 from coca_jax import cache
 from coca_jax.data.records import BadExample, DataError
-from coca_jax.data.sources import files, open_source, tar_index
+from coca_jax.data.sources import files, open_source, tar_index, tar_samples
 from coca_jax.data.sources.base import IMAGE_EXTENSIONS
 from tests.data.sources import tars
 
@@ -302,7 +302,7 @@ def test_an_index_that_lies_is_not_believed(shards):
     for field, value in (("offset", 2**63), ("offset", 100), ("size", 2**32 - 1), ("header", 2**32 - 1), ("size", 5)):
         rows = bytearray(good)
         view = tar_index.np.frombuffer(rows, tar_index.ROW, offset=tar_index._HEAD)
-        view[field][3][tar_index.IMAGE] = value
+        view[field][3][tar_samples.IMAGE] = value
         path.write_bytes(rows)
         source = open_source(f"webdataset:{shards}/00000.tar")
         with pytest.raises(DataError):
