@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from absl import logging
+
 from coca_jax.data.records import DataError, Record
 from coca_jax.data.sources import prompts
 from coca_jax.data.sources.array_record import ArrayRecords, open_array_record
@@ -69,6 +71,8 @@ def open_source(spec: str) -> Source:
     source = KINDS[parsed.kind](parsed)
     if parsed.kind not in _AS_WRITTEN or any(name in parsed.options for name in prompts.OPTIONS):
         source = prompts.Prompted(source, prompts.read_templates(parsed), prompts.read_classes(parsed))
+    for remark in getattr(source, "remarks", ()):
+        logging.warning("%s: %s", spec, remark)
     if not len(source):
         raise DataError(f"{spec}: holds no records")
     return source

@@ -34,6 +34,8 @@ IMAGE_EXTENSIONS = (
 # Columns and fields that are looked for, in this order, where no option names one.
 IMAGE_NAMES = ("image", "file_name", "filename", "file", "image_path", "path", "filepath", "img", "jpg", "png", "url")
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "txt", "title", "alt_text")
+# What is written in the place of a text that is missing.
+_MISSING = frozenset(("", "nan", "NaN", "None", "<NA>", "null", "NULL"))
 LABEL_NAMES = ("label", "class", "class_name", "category", "cls")
 
 
@@ -145,7 +147,7 @@ def digest(parts: Iterable[object]) -> str:
 def texts(value: object) -> tuple[str, ...]:
     """The captions in a value that a text or a list of texts was expected in; whatever else it holds is left out."""
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple(text for text in values if isinstance(text, str) and text.strip())
+    return tuple(text for text in values if isinstance(text, str) and text.strip() not in _MISSING)
 
 
 def one_line(error: BaseException) -> str:

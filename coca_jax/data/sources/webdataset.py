@@ -66,8 +66,6 @@ class WebDataset:
                     *(shard.file.path, shard.problem, shard.whole),
                 )
         self.remarks = tar_samples.remarks(shard.counts for shard in self._shards)
-        for remark in self.remarks:
-            logging.warning("%s: %s", self.name, remark)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
