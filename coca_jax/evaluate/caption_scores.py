@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -39,13 +40,18 @@ def scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
         )
     if missing := [at for at, texts in enumerate(references) if not texts]:
         raise ValueError(f"caption {missing[0]} has no reference")
-    said = [words(text) for text in captions]
-    known = [[words(text) for text in texts] for texts in references]
+    said = [_words(text) for text in captions]
+    known = [[_words(text) for text in texts] for texts in references]
     each = cider(said, known)
     named = {f"bleu_{n}": value for n, value in enumerate(bleu(said, known), 1)}
     named |= {"rouge_l": float(rouge_l(said, known).mean()), "cider": float(each.mean()), "images": float(len(said))}
     empty = sum(not caption for caption in said)
     return named | {"empty": float(empty), "cider_defined": float(tells_apart(known))}, each
+
+
+def _words(text: str) -> list[str]:
+    """Letters with their marks composed first: a caption may compose them where its reference does not."""
+    return words(unicodedata.normalize("NFC", text))
 
 
 def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
