@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # A number in front that only sorts the classes: `001.Black_footed_Albatross`, `00_cat`, `n02085620-Chihuahua`.
 _ORDINAL = re.compile(r"(?:\d+\.\s*|0\d*[-_ ]\s*|n\d{8}[-_ ]\s*)(?=.*[^\W\d_])")
@@ -32,6 +33,11 @@ def name_of(label: str) -> str:
         if _CAMEL.fullmatch(plain):
             plain = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", plain)
     return plain if _is_name(plain) else ""
+
+
+def class_names_of(labels: Iterable[str]) -> dict[str, list[str]]:
+    """`Source.class_names` of a dataset that lists its labels; those that are no name are left out."""
+    return {label: [name] for label in labels if (name := name_of(label))}
 
 
 def words_of(name: str) -> str:

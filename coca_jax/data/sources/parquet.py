@@ -81,8 +81,8 @@ class Parquet:
             )
         # Left as numbers into the values that differ: one picture a million times over takes the memory of one.
         self._dictionaries = [leaf for leaf in first.texts if self._is_read(leaf)]
-        if names := {name: label_names.name_of(name) for name in self._chosen.names}:
-            self.class_names = {name: [called] for name, called in names.items() if called}
+        if self._chosen.names:
+            self.class_names = label_names.class_names_of(self._chosen.names) or None
         groups = []  # file, row group in it, rows
         for number, (file, footer) in enumerate(zip(self._files, footers, strict=True)):
             if missing := [column for column in self._columns if column not in footer.schema.names]:

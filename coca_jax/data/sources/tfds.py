@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex
 
 from etils import epath
 
+from coca_jax.data import label_names
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import prompts
 from coca_jax.data.sources.base import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, Spec, choose, digest, one_line
@@ -170,6 +171,7 @@ class Tfds:
         label = named.get(self._label)
         if isinstance(label, tfds.features.ClassLabel) and label.names and not self._numbered:
             self._labels = list(label.names)
+            self.class_names = label_names.class_names_of(self._labels) or None
 
 
 def _check_classes(folders: Iterable[epath.PathLike], spec: Spec) -> None:
