@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 from etils import epath
 from tqdm import tqdm
 
@@ -53,11 +54,19 @@ def find(arguments: Sequence[str]) -> list[str]:
 
 
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():
-        if not path.is_dir():
-            yield path
-        elif not os.path.islink(path):  # which may lead back to where it is
-            yield from _walk(path)
+    folders = [folder]
+    while folders:  # not by calls of itself: folders may lie in one another a thousand deep
+        within = folders.pop()
+        try:
+            for path in within.iterdir():
+                if not path.is_dir():
+                    yield path
+                elif not os.path.islink(path):  # which may lead back to where it is
+                    folders.append(path)
+        except OSError as error:
+            if within == folder:
+                raise DataError(f"{folder} cannot be listed: {error}") from error
+            logging.warning("%s is passed over: %s", os.fspath(within)[:500], error.strerror)
 
 
 class Rows(Protocol):

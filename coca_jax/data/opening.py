@@ -39,7 +39,11 @@ _T = TypeVar("_T")
 
 
 class UnusableFile(DataError, OSError):
-    """A path leads to something that is never read as a file, or to a file that is too large or too slow."""
+    """A path leads to something that is never read as a file, or to a file that is too large."""
+
+
+class NoAnswer(UnusableFile):
+    """A disk or a store did not answer in time."""
 
 
 def check_regular(path: str, found: os.stat_result) -> None:
@@ -156,7 +160,7 @@ def parts(path: str) -> Iterator[bytes]:
 
 
 def within(ask: Callable[[], _T], path: str, seconds: float | None = None) -> _T:
-    """What `ask` returns or raises; UnusableFile after `seconds` (None: PATIENCE), though nothing ends `ask` then."""
+    """What `ask` returns or raises; NoAnswer after `seconds` (None: PATIENCE), though nothing ends `ask` then."""
     seconds = PATIENCE if seconds is None else seconds
     answer: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -170,7 +174,7 @@ def within(ask: Callable[[], _T], path: str, seconds: float | None = None) -> _T
     try:
         value, error = answer.get(timeout=seconds)
     except queue.Empty:
-        raise UnusableFile(
+        raise NoAnswer(
             f"{path} did not answer for {seconds:.0f} s: is its mount or its store there? Try again, or copy it to a "
             "disk of this machine"
         ) from None

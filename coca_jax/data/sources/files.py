@@ -26,6 +26,7 @@ import tqdm
 from coca_jax.data import opening
 from coca_jax.data.opening import UnusableFile
 from coca_jax.data.records import BadExample, DataError
+from coca_jax.data.sources import wildcards
 from coca_jax.data.sources.base import MAX_BYTES, one_line
 from coca_jax.data.sources.patience import Patient
 
@@ -196,9 +197,11 @@ def _matches(pattern: str, where: str) -> list[File]:
         if is_remote(pattern):
             system, inside = store(pattern)
             infos = system.glob(inside, detail=True)
+            if len(infos) > wildcards.MATCHES:
+                raise DataError(f"{where}: {pattern} matches {len(infos):,} files: write more of the path")
             files = {system.unstrip_protocol(path): info for path, info in infos.items()}
             return [_described(path, info) for path, info in sorted(files.items()) if info.get("type") != "directory"]
-        return [look(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+        return [look(path) for path in wildcards.matching_files(pattern)]
     except DataError:
         raise
     except Exception as error:  # whatever a store's library raises, e.g. for want of a permission

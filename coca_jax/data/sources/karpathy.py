@@ -15,7 +15,7 @@ from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import files
 from coca_jax.data.sources.base import Spec, digest, one_line, texts
 
-_LIMIT = 1 << 32  # bytes of the JSON; COCO's has 144 MB
+_LIMIT = 1 << 30  # bytes of the JSON; COCO's has 144 MB
 
 
 class Karpathy:

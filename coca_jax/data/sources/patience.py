@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import logging
 
+from coca_jax.data import opening
 from coca_jax.data.sources.base import one_line
 
 # Seconds between the times that a store is asked, each a quarter more or less: about two minutes in all, in pieces that
@@ -20,7 +21,9 @@ _FINAL = (
     *(FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError),
     *(ValueError, TypeError, NotImplementedError, ImportError),
 )
-_ASKED = ("info", "cat_file", "glob", "find")
+# Seconds that one answer may take. A listing of a bucket is many answers of its own.
+_ASKED = {"info": 120.0, "cat_file": 300.0, "glob": 900.0, "find": 900.0}
+_LONGEST = 900.0  # seconds after which a store is asked no more
 
 
 class Patient:
@@ -33,7 +36,14 @@ class Patient:
         found = getattr(self._system, name)
         if name not in _ASKED:
             return found
-        return lambda *arguments, **options: patiently(lambda: found(*arguments, **options), self._path)
+        seconds = _ASKED[name]
+
+        def asked(*arguments: Any, **options: Any) -> Any:
+            return patiently(
+                lambda: opening.within(lambda: found(*arguments, **options), self._path, seconds), self._path
+            )
+
+        return asked
 
 
 def patiently(ask: Callable[[], Any], path: str) -> Any:
@@ -47,9 +57,14 @@ def patiently(ask: Callable[[], Any], path: str) -> Any:
     Raises:
       OSError: what the store raised at last, of whatever kind that was. What is _FINAL is raised as it is.
     """
+    until = time.monotonic() + _LONGEST
     for number, wait in enumerate((*WAITS, None), 1):
         try:
             return ask()
+        except opening.NoAnswer as error:  # a connection that is stuck; a new one may not be
+            if wait is None or time.monotonic() > until:
+                raise
+            logging.warning("%s; asked again", error)
         except _FINAL:
             raise
         except Exception as error:  # stores have many kinds

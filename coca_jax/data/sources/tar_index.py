@@ -210,7 +210,7 @@ def _rows(file: File) -> tuple[np.ndarray, str, int, Counts]:
     except OSError as error:
         raise DataError(f"{file.path} cannot be read: {one_line(error)}") from error
     rows = samples.finish()
-    if not rows and problem.startswith("there is no tar header at byte 0"):
+    if not rows and (problem.startswith("there is no tar header at byte 0") or file.size < tar_walk.BLOCK):
         raise DataError(f"{file.path} is no tar file: leave it out")
     lost = tar_samples.lost(rows) if rows and not ends else False
     if lost and not problem:
