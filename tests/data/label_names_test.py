@@ -65,8 +65,9 @@ def test_training_and_zero_shot_say_the_same(tmp_path) -> None:
 def test_a_number_makes_no_caption_and_keeps_its_label(tmp_path) -> None:
     """A classifier needs no captions: only their making is refused."""
     _classes(tmp_path, "000", "001")
+    (tmp_path / "captions.csv").write_text("image,label\n000/0.jpg,000\n001/0.jpg,True\n")
     for options in ("", "?template=a {}"):
-        assert [open_source(f"folder:{tmp_path}{options}")[i][2:4] for i in (0, 1)] == [((), "000"), ((), "001")]
+        assert [open_source(f"folder:{tmp_path}{options}")[i][2:4] for i in (0, 1)] == [((), "000"), ((), "True")]
 
 
 def test_numbered_folders_are_lines_of_the_file_of_classes(tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import os
 import re
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,8 +33,14 @@ IMAGE_EXTENSIONS = (
     *("3fr", "dcr", "kdc", "mrw", "erf", "iiq", "mos", "rwl"),
 )
 # Columns and fields that are looked for, in this order, where no option names one.
-IMAGE_NAMES = ("image", "file_name", "filename", "file", "image_path", "path", "filepath", "img", "jpg", "png", "url")
-CAPTION_NAMES = ("caption", "captions", "text", "texts", "txt", "title", "alt_text")
+IMAGE_NAMES = (
+    *("image", "file_name", "filename", "file", "image_path", "path", "filepath", "img", "jpg", "png"),
+    *("image_name", "image_file", "image_filename", "img_path", "img_name", "file_path", "url"),
+)
+CAPTION_NAMES = (
+    *("caption", "captions", "text", "texts", "txt", "title", "alt_text"),
+    *("sentence", "sentences", "raw", "comment", "description", "alt", "caption_text", "caption_str"),
+)
 # What is written in the place of a text that is missing.
 _MISSING = frozenset(("", "nan", "NaN", "None", "<NA>", "null", "NULL"))
 LABEL_NAMES = ("label", "class", "class_name", "category", "cls")
@@ -103,7 +110,7 @@ class Spec:
                     f"source {text!r}: {option!r} is no option: write name=value, and %26 for a & in a value"
                 )
             values[name] = (*values.get(name, ()), urllib.parse.unquote(value))
-        return cls(text, kind, location, values)
+        return cls(text, kind, home(location), values)
 
     def check(self, known: Iterable[str], repeatable: Iterable[str] = ()) -> None:
         """Raises DataError where an option is not among those known, or is given twice and may not be."""
@@ -121,19 +128,34 @@ class Spec:
         """The value of an option that is given once or not at all; then it is empty."""
         return self.options.get(name, ("",))[0]
 
+    def path(self, name: str) -> str:
+        """The value of an option that is a path, with `~` as a shell has it."""
+        return home(self.get(name))
+
     def fields(self, name: str) -> tuple[str, ...]:
         """The value of an option as the names that commas separate in it."""
         return tuple(field for field in self.get(name).split(",") if field)
 
 
+def home(paths: str) -> str:
+    """Paths with commas between, with `~` and `~user` at their beginning as a shell has them."""
+    return re.sub(r"(?:(?<=^)|(?<=,))~[^/,]*(?=[/,]|$)", lambda found: os.path.expanduser(found[0]), paths)
+
+
 def choose(spec: Spec, option: str, there: Sequence[str], usual: Sequence[str], where: str) -> str:
     """The column that an option names, else the first usual name that is there (in any case), else an empty string."""
     if wanted := spec.get(option):
-        if wanted not in there:
+        same = [name for name in there if name == wanted] or [name for name in there if plain(name) == plain(wanted)]
+        if not same:
             raise DataError(f"{where}: no {wanted!r} for ?{option}=; there are {', '.join(there)}")
-        return wanted
-    lower = {name.lower(): name for name in reversed(there)}
-    return next((lower[name] for name in usual if name in lower), "")
+        return same[0]
+    known = {plain(name): name for name in reversed(there)}
+    return next((known[name] for name in usual if name in known), "")
+
+
+def plain(column: str) -> str:
+    """A column's name as it is compared: `File Name` is `file_name`."""
+    return re.sub(r"[ -]+", "_", column.strip().lower())
 
 
 def digest(parts: Iterable[object]) -> str:

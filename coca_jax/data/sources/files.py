@@ -228,7 +228,12 @@ def lines(path: str, longest: int = opening.LINE_BYTES) -> Iterator[bytes | None
 
     Raises OSError, of which some are UnusableFile.
     """
-    return opening.lines(_remote_parts(path) if is_remote(path) else opening.parts(path), longest)
+    return opening.lines(parts(path), longest)
+
+
+def parts(path: str) -> Iterator[bytes]:
+    """The bytes of a file on a disk or in a bucket, a part at a time. Raises OSError, or UnusableFile, which is one."""
+    return _remote_parts(path) if is_remote(path) else opening.parts(path)
 
 
 def _remote_parts(path: str) -> Iterator[bytes]:

@@ -108,7 +108,7 @@ class Prompted:
 def read_templates(spec: Spec) -> tuple[str, ...]:
     """The templates of `?template=` and of the lines of the file `?templates=`. Raises DataError for one without {}."""
     templates = list(spec.options.get("template", ()))
-    if path := spec.get("templates"):
+    if path := spec.path("templates"):
         lines = files.read_settings(path, spec.text).splitlines()
         templates += [line.strip() for line in lines if line.strip()]
         if not templates:
@@ -132,7 +132,7 @@ def read_classes(spec: Spec) -> dict[str, Class] | None:
     Raises:
       DataError: the file is missing or of another form, a class has no name, or two have the same.
     """
-    if not (path := spec.get("classes")):
+    if not (path := spec.path("classes")):
         return None
     if path == "imagenet":
         known = [Class(wordnet, (name,)) for wordnet, name in imagenet()["classes"].items()]

@@ -138,16 +138,10 @@ def test_a_pipe_is_no_picture(folder):
 
 
 def test_files_that_cannot_be_read_as_captions(folder):
-    (folder / "captions.csv").write_bytes("image,caption\na.jpg,x\n".encode("utf-16"))
-    with pytest.raises(DataError, match="is UTF-16: save it as UTF-8"):
-        open_source(f"folder:{folder}")
-    (folder / "captions.csv").write_text('image,caption\na.jpg,"' + "left open\n" * 20_000)
-    with pytest.raises(DataError, match=r"captions\.csv line \d+: .*is a quotation mark left open"):
-        open_source(f"folder:{folder}")
     (folder / "captions.csv").write_bytes(b"")
     with pytest.raises(DataError, match="holds no records"):
         open_source(f"folder:{folder}")
-    with pytest.raises(DataError, match=r"read from \.csv, \.tsv and \.jsonl"):
+    with pytest.raises(DataError, match=r"read from \.csv, .* and \.parquet files"):
         open_source(f"folder:{folder}?captions=a.jpg")
 
 
@@ -213,10 +207,20 @@ def test_a_folder_without_captions_or_classes(folder, tmp_path):
 
 def test_in_a_bucket():
     system = fsspec.filesystem("memory")
-    system.pipe({"/set/captions.csv": b"image,caption\nx/a.jpg,one\n", "/set/x/a.jpg": b"a", "/cls/k/b.png": b"b"})
+    system.pipe(
+        {
+            "/set/captions.csv": b"image,caption\nx/a.jpg,one\n",
+            "/set/x/a.jpg": b"a",
+            "/cls/k/b.png": b"b",
+            "/cls/l/c.png": b"c",
+        }
+    )
     try:
         assert everything(open_source("folder:memory://set")) == [(b"a", ("one",))]
-        assert everything(open_source("folder:memory://cls")) == [(b"b", ("a photo of a k.",))]
+        assert everything(open_source("folder:memory://cls")) == [
+            (b"b", ("a photo of a k.",)),
+            (b"c", ("a photo of a l.",)),
+        ]
     finally:
         system.rm("/set", recursive=True)
         system.rm("/cls", recursive=True)
