@@ -16,8 +16,9 @@ from etils import epath
 
 from coca_jax import commandline, config, distributed, sharding, start, supervise
 from coca_jax.config import ConfigError
-from coca_jax.data import classes, sources
-from coca_jax.data.mixture import open_mixture
+from coca_jax.data import classes, preview, sources
+from coca_jax.data.classes import Task
+from coca_jax.data.mixture import Mixture, open_mixture
 from coca_jax.data.records import DataError, named_in
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import asked, report, tables
@@ -118,6 +119,8 @@ def _run(
         | {f"the fingerprint of {s.name}": s.fingerprint() for s in (source, *held_out.values())}
         | {"the version of jax": jax.__version__, "evaluation alone": evaluate_only}
     )
+    if not evaluate_only:
+        _preview(c, source, tokenizer, labels)
     _begin(c, workdir, tokenizer, labels, None if evaluate_only else stop.held)
 
     sharding.warn_unsharded(abstract, mesh)
@@ -205,6 +208,24 @@ def _say(text: object) -> None:
     """Prints, from the first process."""
     if distributed.is_first():
         print(text)
+
+
+def _preview(c: config.Config, source: Mixture, tokenizer: Tokenizer, labels: tuple[str, ...]) -> None:
+    """Prints what the source says of its files, and some captions as the model will read them.
+
+    Raises:
+      ConfigError: the captions are to be made of labels that are no names.
+    """
+    problem = ""
+    if distributed.is_first():
+        try:
+            lines = preview.preview(source, tokenizer, c.model.text.length) if Task.of(c, labels).texts else []
+            print("\n".join([*source.remarks, *(["captions as the model reads them:"] if lines else [])]))
+            print("\n".join(f"  {line}" for line in lines))
+        except DataError as error:
+            problem = f"config.data.train: {error}"
+    if problem := distributed.gather(problem)[0]:
+        raise ConfigError(problem)
 
 
 def _labels(c: config.Config, source: sources.Source, workdir: epath.Path) -> tuple[str, ...]:

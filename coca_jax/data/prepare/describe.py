@@ -15,11 +15,12 @@ import PIL.ImageFont
 import tqdm
 from etils import epath
 
-from coca_jax.data import addresses, images, label_names
+from coca_jax.data import addresses, images
 from coca_jax.data.prepare import page
 from coca_jax.data.prepare.checking import Dropped, check, in_words
 from coca_jax.data.prepare.inputs import open_inputs
 from coca_jax.data.prepare.statistics import Statistics, token_statistics
+from coca_jax.data.preview import caption_line
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources.base import one_line
 from coca_jax.data.tokenizer import Tokenizer
@@ -106,13 +107,13 @@ def text(found: Description, length: int) -> str:
     lines += ["", f"{statistics.bad} of {sampled} cannot be used"]
     lines += page.dropped(statistics.summary()["dropped"])
     lines += [f"    e.g. {page.one_line(bad.message)}" for bad in found.bad[:3]]
+    if unnamed := statistics.counts["captions_per_record"][0]:
+        lines.append(f"{unnamed} of {sampled} have no caption but a label that is no name: name them by ?classes=FILE")
     lines += [page.one_line(remark, 1000) for remark in found.remarks]
     if found.examples:
-        lines += ["", "examples"]
+        lines += ["", f"examples{', as the model reads them' if found.tokenizer else ''}"]
         for record in found.examples[:5]:
-            said = record.captions[0] if record.captions else label_names.why_no_caption(record.label)
-            label = f"  [{page.one_line(record.label, 30)}]" if record.label else ""
-            lines.append(f"  {page.one_line(record.key, 40)}: {page.one_line(said, 100)}{label}")
+            lines.append(f"  {caption_line(record, found.tokenizer, length)}")
     if found.attribution:
         lines += ["", found.attribution]
     return "\n".join(lines)

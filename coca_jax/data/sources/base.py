@@ -145,12 +145,17 @@ def home(paths: str) -> str:
 def choose(spec: Spec, option: str, there: Sequence[str], usual: Sequence[str], where: str) -> str:
     """The column that an option names, else the first usual name that is there (in any case), else an empty string."""
     if wanted := spec.get(option):
-        same = [name for name in there if name == wanted] or [name for name in there if plain(name) == plain(wanted)]
-        if not same:
-            raise DataError(f"{where}: no {wanted!r} for ?{option}=; there are {', '.join(there)}")
-        return same[0]
+        return named(wanted, option, there, where)
     known = {plain(name): name for name in reversed(there)}
     return next((known[name] for name in usual if name in known), "")
+
+
+def named(wanted: str, option: str, there: Sequence[str], where: str) -> str:
+    """The column that a user names, in any case. Raises DataError where there is none."""
+    same = [name for name in there if name == wanted] or [name for name in there if plain(name) == plain(wanted)]
+    if not same:
+        raise DataError(f"{where}: no {wanted!r} for ?{option}=; there are {', '.join(there)}")
+    return same[0]
 
 
 def plain(column: str) -> str:

@@ -14,7 +14,7 @@ from coca_jax.data.sources.listing import count_text, is_image
 SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "pipe"}
 _SAMPLE = 50  # rows from which the separator is told
 _LINES = 100  # of one quoted field at most
-_QUOTED = re.compile(r' *"([^"]*(?:""[^"]*)*)"')
+_QUOTED = re.compile(r' *"([^"]*(?:""[^"]*)*)"(?!")')
 Problem = tuple[str, str]
 
 
@@ -78,7 +78,13 @@ class _Lines:
             self._ahead.append(None if line is None else line.decode("utf-8", "surrogateescape").rstrip("\n"))
         return [self._ahead[i] for i in range(min(count, len(self._ahead)))]
 
-    def take(self, count: int = 1) -> None:
+    def __iter__(self) -> Iterator[str | None]:
+        """Takes each line."""
+        while self._ahead or self.peek(1):
+            self.taken += 1
+            yield self._ahead.popleft()
+
+    def take(self, count: int) -> None:
         for _ in range(count):
             self._ahead.popleft()
         self.taken += count
@@ -133,9 +139,10 @@ def rows(
         found.notes.append(f"its separator is a {SEPARATORS[separator]}")
     if header:
         names = []
-        while not names and (ahead := lines.peek(1)):
-            names = [name.strip() for name in split(ahead[0], separator)[0]] if ahead[0] and ahead[0].strip() else []
-            lines.take()
+        for line in lines:
+            if line and line.strip():
+                names = [name.strip() for name in split(line, separator)[0]]
+                break
     else:
         names = _columns([split(line, separator)[0] for line in sample], exists)
         if names:
@@ -145,18 +152,16 @@ def rows(
     names = [same.setdefault(plain(name), name) for name in names]
     found.columns = list(dict.fromkeys(names))
     texts = {name for name in names if plain(name) not in known}
-    while ahead := lines.peek(1):
-        number, line = lines.taken + 1, ahead[0]
+    for line in lines:
+        number = lines.taken
         if line is None:
-            lines.take()
             yield number, ("unreadable", f"the line is longer than {opening.LINE_BYTES >> 20} MiB")
             continue
         fields, is_open = split(line, separator)
-        taken = 1
-        if is_open and (more := _continued(lines, separator, exists)):
-            fields, taken = split("\n".join(str(part) for part in lines.peek(more)), separator)[0], more
-        lines.take(taken)
-        if not line.strip():
+        if is_open and (more := _continued(line, lines, separator, exists)):
+            fields = split("\n".join([line, *map(str, lines.peek(more))]), separator)[0]
+            lines.take(more)
+        if not line or line.isspace():
             continue
         if len(fields) > len(names) and not any(field.strip() for field in fields[len(names) :]):
             fields = fields[: len(names)]  # spreadsheets end rows with separators
@@ -184,15 +189,15 @@ def _row(names: Sequence[str], fields: Sequence[str]) -> dict[str, str | list[st
     return row
 
 
-def _continued(lines: _Lines, separator: str, exists: Callable[[str], bool]) -> int:
-    """How many lines the row that comes next has, whose quotation is open in its first; 0: it is not a quotation."""
-    count = 1
-    while count < _LINES and len(ahead := lines.peek(count + 1)) > count:
-        line = ahead[count]
+def _continued(first: str, lines: _Lines, separator: str, exists: Callable[[str], bool]) -> int:
+    """How many lines a row goes on for whose quotation is open in its first; 0: it is not a quotation."""
+    for count in range(1, _LINES):
+        if len(ahead := lines.peek(count)) < count:
+            return 0
+        line = ahead[-1]
         if line is None or any(exists(field.strip(' "')) for field in line.split(separator)[:8]):
             return 0  # another row
-        count += 1
-        if '"' in line and not split("\n".join(str(part) for part in ahead), separator)[1]:
+        if '"' in line and not split("\n".join([first, *map(str, ahead)]), separator)[1]:
             return count
     return 0
 

@@ -28,7 +28,7 @@ class Folder:
         one like `caption`, and every line is then a record, whose label is the answer.
 
     Attributes:
-      notes: how the folder was understood, and what was found in it but is not read.
+      remarks: how the folder was understood, and what was found in it but is not read.
       labels: the names of folders that are classes.
 
     Raises:
@@ -45,7 +45,7 @@ class Folder:
         self._asks = bool(spec.get("question"))
         layout = find_layout(spec)
         self._root, self._entries, self._fingerprint = layout.root, layout.entries, layout.fingerprint
-        self.notes, self.labels = layout.notes, layout.labels
+        self.remarks, self.labels = layout.notes, layout.labels
 
     def __len__(self) -> int:
         return len(self._entries)

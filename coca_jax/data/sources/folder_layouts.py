@@ -73,7 +73,7 @@ def _of_splits(spec: Spec, tree: Tree, splits: Mapping[str, str]) -> Layout:
     chosen: list[str] = []
     for name in wanted or ("train",):
         same = [folder for folder in splits if folder.lower() == name.lower()]
-        same = same or [folder for folder, split in splits.items() if split == split_of(name)]
+        same = same or [folder for folder, split in splits.items() if name.isalpha() and split == split_of(name)]
         if not same:
             what = f"no split {name!r}" if wanted else "say which split by ?split=NAME"
             raise DataError(f"{spec.text}: {what}: in {tree.root} there are {', '.join(splits)}")
@@ -89,7 +89,13 @@ def _of_splits(spec: Spec, tree: Tree, splits: Mapping[str, str]) -> Layout:
         notes.append(f"{count_text(len(outside), one, outside, many)}: not read")
     notes += [f"{folder}: {note}" for folder, layout in parts for note in layout.notes]
     labels = tuple(dict.fromkeys(label for _, layout in parts for label in layout.labels))
-    return Layout(tree.root, entries, tuple(notes), digest(["splits", *(p.fingerprint for _, p in parts)]), labels)
+    return Layout(
+        tree.root,
+        entries,
+        tuple(notes),
+        digest(["splits", *(f"{folder} {part.fingerprint}" for folder, part in parts)]),
+        labels,
+    )
 
 
 def _of_split(spec: Spec, tree: Tree, folder: str) -> Layout:

@@ -138,7 +138,7 @@ class _Reader:
         problem, names = row.problem, list[str]()
         for name in row.images:
             try:
-                os.fsencode(name)
+                name.isascii() or os.fsencode(name)
             except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
                 problem = ("unreadable", f"{name[:40]!r} cannot be a file's name")
                 break

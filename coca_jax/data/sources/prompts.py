@@ -56,6 +56,7 @@ class Prompted:
         self.class_names: Mapping[str, Sequence[str]] | None = source.class_names
         if classes is not None:
             self.class_names = {c.label: list(c.names) for c in classes.values()}
+            self._check_labels(getattr(source, "labels", ()))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -87,6 +88,16 @@ class Prompted:
             # No str.format: templates and names are data.
             captions = tuple(t.replace("{}", n) for t in self._templates or (DEFAULT_TEMPLATE,) for n in names)
         return record._replace(captions=captions, label=label)
+
+    def _check_labels(self, labels: Sequence[str]) -> None:
+        """Raises DataError where classes are counted from 1 in the data, or the names are those of others."""
+        unknown = [label for label in labels if self._class(label) is None]
+        numbers = [int(label) for label in labels if re.fullmatch("[0-9]+", label)]
+        if unknown and (len(unknown) == len(labels) or (numbers and min(numbers) == 1 and len(unknown) == 1)):
+            raise DataError(
+                f"{self.name}: ?classes= does not name {unknown[0]!r}: line n of a file is class n, counted from 0; "
+                'where the data count from 1 write a first line for class 0, or JSON as {"1": "cat", "2": "dog"}'
+            )
 
     def _class(self, label: str) -> Class | None:
         """The class that a label stands for: by itself, by the number in it (`007`, `7.0`), or by one of the names."""

@@ -9,11 +9,21 @@ import json
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from coca_jax.data.records import BadExample, DataError
 from coca_jax.data.sources import delimited, files
-from coca_jax.data.sources.base import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, Spec, choose, one_line, plain, texts
+from coca_jax.data.sources.base import (
+    CAPTION_NAMES,
+    IMAGE_NAMES,
+    LABEL_NAMES,
+    Spec,
+    choose,
+    named,
+    one_line,
+    plain,
+    texts,
+)
 from coca_jax.data.sources.delimited import Delimited, Problem
 from coca_jax.data.sources.parquet import _pyarrow
 
@@ -31,8 +41,7 @@ def is_image_column(column: str) -> bool:
     return name in IMAGE_NAMES or name.endswith(("file_name", "file_names"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A line of a file of captions.
 
     Attributes:
@@ -124,11 +133,9 @@ def _choose_columns(
         image = next(real, usual[0] if usual else "")
     option = "question" if spec.get("question") else "caption"
     wanted = spec.get(option)
-    captions = (wanted,) if not wanted or wanted in there else spec.fields(option)
     if wanted:
-        for name in captions:
-            if name not in there:
-                raise DataError(f"{path}: no {name!r} for ?{option}=; there are {', '.join(there)}")
+        asked = (wanted,) if wanted in there else spec.fields(option)
+        captions = tuple(named(name, option, there, path) for name in asked)
     else:
         one = choose(spec, "", there, CAPTION_NAMES, path)
         numbered = [name for name in there if re.fullmatch(r"(caption|sentence|text)s?_?\d+", plain(name))]
@@ -145,14 +152,17 @@ def _choose_columns(
 def _row(line: int, row: Any, image: str, captions: Sequence[str], label: str, split: str) -> Row:
     if isinstance(row, tuple):
         return Row(line, problem=row)
-    named, said = row.get(image), row.get(label)
-    if isinstance(named, dict):  # Hugging Face's image: {"bytes": None, "path": "a.jpg"}
-        named = named.get("path")
-    images = tuple(name.strip() for name in named if isinstance(name, str)) if isinstance(named, list) else ()
-    if isinstance(named, list) and (len(images) < len(named) or not all(images)):
+    called, said = row.get(image), row.get(label)
+    if type(called) is str and (called := called.strip()) and len(captions) == 1 and not label and not split:
+        text = row.get(captions[0])
+        return Row(line, (called,), (text,) if type(text) is str and text.strip() else _texts(text))
+    if isinstance(called, dict):  # Hugging Face's image: {"bytes": None, "path": "a.jpg"}
+        called = called.get("path")
+    images = tuple(name.strip() for name in called if isinstance(name, str)) if isinstance(called, list) else ()
+    if isinstance(called, list) and (len(images) < len(called) or not all(images)):
         images = ()
-    elif isinstance(named, str | int) and str(named).strip():
-        images = (str(named).strip(),)
+    elif isinstance(called, str | int) and str(called).strip():
+        images = (str(called).strip(),)
     if not images:
         return Row(line, problem=("unreadable", "the line names no picture"))
     found = tuple(text for column in captions for text in _texts(row.get(column)))
