@@ -50,9 +50,9 @@ def open_source(spec: str) -> Source:
       tfds: `name/config:version` of a prepared TensorFlow Datasets set; `split` (needed), `data_dir`, `image`,
         `caption`, `label`.
       parquet: files with columns of picture bytes or of paths; `image`, `caption`, `label`, `root` (folder of paths).
-      folder: pictures with a captions.csv, .tsv or .jsonl, or one folder for each class; `captions` (that file),
-        `image`, `caption`, `label`; `question`: a caption of which each line is a record. In a .jsonl the picture may
-        be a list, the frames of a clip.
+      folder: images with a table of captions, texts beside them, or one folder for each class (docs/data.md has the
+        layouts); `captions` (the table), `root` (folder of its images), `split`, `image`, `caption`, `label`;
+        `question`: a caption of which each line is a record. In a .jsonl the image may be a list, the frames of a clip.
       karpathy: COCO and Flickr by Karpathy's splits, a dataset_coco.json; `split` (needed), `root` (folder of the
         pictures), `captions` (so many of each, the first).
       All with labels: `template` (text with a {} for the class, as often as needed), `templates` (a file of them, one a

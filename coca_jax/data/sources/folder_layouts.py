@@ -26,6 +26,8 @@ def find_layout(spec: Spec) -> Layout:
     root = spec.path("root").rstrip("/") or location
     if not files.is_remote(root) and not os.path.isdir(root):
         raise DataError(f"{spec.text}: no folder {root}; ?root= is the folder with the pictures")
+    if root == location and not captions and (known := _in_store(location)):
+        return of_tables(spec, Tree(root, {}, listed=False), [known])
     tree = walk(root, spec.text)
     if not tree.images and not captions and root == location:
         raise DataError(f"{spec.text}: no {', '.join(READ_EXTENSIONS)} file in {root}; {found_text(tree)}")
@@ -42,6 +44,16 @@ def find_layout(spec: Spec) -> Layout:
     else:
         layout = _of_tree(spec, tree)
     return dataclasses.replace(layout, notes=(*layout.notes, *tree.notes))
+
+
+def _in_store(location: str) -> str:
+    """The file of captions at the top of a folder in a store, which is then not listed: that may take minutes."""
+    for name in CAPTION_FILES if files.is_remote(location) else ():
+        try:
+            return files.look(f"{location}/{name}").path if not name.endswith((".txt", ".json")) else ""
+        except OSError:
+            continue
+    return ""
 
 
 def _given(spec: Spec, location: str, name: str) -> str:

@@ -157,6 +157,8 @@ class _Reader:
         """The path of an image that is not among those that were listed: a link, or missing."""
         path = posixpath.join(folder, name)
         files.inside(self._tree.root, path, where, links=False)  # links at reading: there may be millions
+        if not self._tree.listed:
+            return path
         if files.is_remote(self._tree.root) or not os.path.lexists(f"{self._tree.root}/{path}"):
             self._missing.append(path)
         return path

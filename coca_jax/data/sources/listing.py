@@ -39,6 +39,10 @@ def is_image(path: str) -> bool:
     return path.lower().endswith(_IMAGE_ENDS)
 
 
+def _leaves(path: str) -> bool:
+    return path.startswith(("/", "~")) or "://" in path or ".." in path.split("/")
+
+
 def is_hidden(path: str) -> bool:
     """Whether a file, or a folder that it lies in, is one that systems and editors hide in a folder of data."""
     *folders, name = path.split("/")
@@ -58,12 +62,14 @@ class Tree:
       sizes: bytes of each regular file, by its path relative to the folder, sorted.
       special: paths of pipes, devices, sockets and broken links.
       notes: what was passed over.
+      listed: whether all files are known; else every name is taken for that of a file.
     """
 
     root: str
     sizes: dict[str, int]
     special: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    listed: bool = True
 
     @functools.cached_property
     def images(self) -> dict[str, int]:
@@ -100,7 +106,8 @@ class Tree:
             for plain in dict.fromkeys((written, written.replace("\\", "/"))):
                 if found := self._find(plain, folder):
                     return found
-        return ""
+        path = posixpath.join(folder, name)
+        return "" if self.listed or not is_image(name) or _leaves(path) else path
 
     def _find(self, name: str, folder: str) -> str:
         if not name or "://" in name or "\0" in name or name.startswith("~"):

@@ -154,8 +154,7 @@ def _row(line: int, row: Any, image: str, captions: Sequence[str], label: str, s
         return Row(line, problem=row)
     called, said = row.get(image), row.get(label)
     if type(called) is str and (called := called.strip()) and len(captions) == 1 and not label and not split:
-        text = row.get(captions[0])
-        return Row(line, (called,), (text,) if type(text) is str and text.strip() else _texts(text))
+        return Row(line, (called,), _texts(row.get(captions[0])))
     if isinstance(called, dict):  # Hugging Face's image: {"bytes": None, "path": "a.jpg"}
         called = called.get("path")
     images = tuple(name.strip() for name in called if isinstance(name, str)) if isinstance(called, list) else ()
