@@ -220,8 +220,8 @@ def _preview(c: config.Config, source: Mixture, tokenizer: Tokenizer, labels: tu
     if distributed.is_first():
         try:
             lines = preview.preview(source, tokenizer, c.model.text.length) if Task.of(c, labels).texts else []
-            print("\n".join([*source.remarks, *(["captions as the model reads them:"] if lines else [])]))
-            print("\n".join(f"  {line}" for line in lines))
+            for line in [*source.remarks, *(["captions as the model reads them:"] if lines else []), *lines]:
+                print(line)
         except DataError as error:
             problem = f"config.data.train: {error}"
     if problem := distributed.gather(problem)[0]:

@@ -71,8 +71,9 @@ def open_source(spec: str) -> Source:
     source = KINDS[parsed.kind](parsed)
     if parsed.kind not in _AS_WRITTEN or any(name in parsed.options for name in prompts.OPTIONS):
         source = prompts.Prompted(source, prompts.read_templates(parsed), prompts.read_classes(parsed))
-    for remark in getattr(source, "remarks", ()):
-        logging.warning("%s: %s", spec, remark)
+    if parsed.kind != "folder":  # those of a folder also tell how it was understood: a run and `describe` print them
+        for remark in getattr(source, "remarks", ()):
+            logging.warning("%s: %s", spec, remark)
     if not len(source):
         raise DataError(f"{spec}: holds no records")
     return source
