@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Kinds that data.images decodes; the last two with a package of their own.
-READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIC", "JPEG XL")
+# Kinds that data.images decodes; HEIC where pillow-heif is installed.
+READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIC")
 
 # Offset, bytes, kind.
 _MAGIC = (
@@ -18,6 +18,8 @@ _MAGIC = (
     (8, b"CR\x02", "camera raw"),  # in a TIFF: Canon
     (0, b"II*\0", "TIFF"),
     (0, b"MM\0*", "TIFF"),
+    (0, b"MM*\0", "TIFF"),
+    (0, b"II\0*", "TIFF"),
     (0, b"II+\0", "TIFF"),  # BigTIFF
     (0, b"MM\0+", "TIFF"),
     (0, b"\xff\x0a", "JPEG XL"),
@@ -27,8 +29,6 @@ _MAGIC = (
     (0, b"II\xbc", "JPEG XR"),
     (0, b"8BPS", "PSD"),
     (0, b"gimp xcf", "XCF"),
-    (0, b"\0\0\1\0", "ICO"),
-    (0, b"\0\0\2\0", "CUR"),
     (0, b"icns", "ICNS"),
     (0, b"%!PS", "EPS"),
     (0, b"\xc5\xd0\xd3\xc6", "EPS"),
@@ -77,9 +77,10 @@ _BRANDS = {
         b"3gp5",
     ),
 }
-_NETPBM = re.compile(rb"P[1-7fF]\s")
+# An icon's or a cursor's file begins with how many there are in it; a TGA may begin alike, with 0.
+_PATTERNS = {"PPM": re.compile(rb"P[1-7fF]\s"), "ICO": re.compile(rb"\0\0[\1\2]\0[^\0]\0")}
 # What may precede the root of an XML document.
-_PROLOG = ((b"<?", b"?>"), (b"<!--", b"-->"), (b"<!doctype svg", b">"))
+_PROLOG = ((b"<?", b"?>"), (b"<!--", b"-->"))
 
 
 def sniff(data: bytes) -> str:
@@ -94,12 +95,13 @@ def sniff(data: bytes) -> str:
         for kind, known in _BRANDS.items():
             if any(brand in known for brand in brands):
                 return kind
-        return "video"
+        return ""
     for offset, magic, kind in _MAGIC:
         if data.startswith(magic, offset):
             return kind
-    if _NETPBM.match(data):
-        return "PPM"
+    for kind, pattern in _PATTERNS.items():
+        if pattern.match(data):
+            return kind
     return "SVG" if _is_svg(data[:4096]) else ""
 
 
@@ -107,4 +109,4 @@ def _is_svg(text: bytes) -> bool:
     text = text.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     while end := next((end for start, end in _PROLOG if text.startswith(start)), b""):
         text = text.partition(end)[2].lstrip()
-    return text.startswith((b"<svg", b"<svg:svg"))
+    return text.startswith((b"<svg", b"<svg:svg", b"<!doctype svg"))

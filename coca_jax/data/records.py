@@ -31,7 +31,8 @@ def named_in(key: str, value: str) -> Iterator[None]:
 REASONS = {
     "unreadable": "its record cannot be read or understood",
     "empty": "its picture has no bytes",
-    "not_a_picture": "its picture is something else, or of a kind that is not read",
+    "not_a_picture": "its picture is something else, or damaged",
+    "unsupported": "its image is of a kind that is not read",
     "truncated": "its picture ends before its end",
     "too_large": "its picture has more pixels than images.MAX_PIXELS",
     "no_caption": "it has no caption, or only blank ones",

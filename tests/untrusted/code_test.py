@@ -30,8 +30,9 @@ PROCESSES = {
     "coca_jax/plan/compiled.py": "this package's own module, in a process with another kind of device",
     "coca_jax/supervise.py": "coca_jax.main, with the arguments of its own command line",
 }
-# Libraries that are loaded: the process's own C library, a function of it with numbers that the program holds.
-LIBRARIES = {"coca_jax/compiler.py": "ctypes"}
+# Libraries that are loaded: the process's own C library, a function of it with numbers that the program holds; and the
+# libtiff that lies in Pillow's wheel, which is told to write nothing to the terminal.
+LIBRARIES = {"coca_jax/compiler.py": "ctypes", "coca_jax/data/images/plugins.py": "ctypes"}
 
 
 def calls(source: str, file: str = "") -> Iterator[str]:

@@ -23,7 +23,7 @@ def decode_and_augment(encoded: bytes, size: int, rng: np.random.Generator, data
     same however the picture is encoded and decoded.
 
     Args:
-      encoded: a file's content, of one of `FORMATS`.
+      encoded: a file's content, of one of kinds.READ.
       size: side of the result, pixels.
       rng: every draw comes from it.
       data: as `augment`.
@@ -32,7 +32,7 @@ def decode_and_augment(encoded: bytes, size: int, rng: np.random.Generator, data
       uint8 `[size, size, 3]`.
 
     Raises:
-      BadExample: empty, not_a_picture, truncated or too_large.
+      BadExample: empty, not_a_picture, unsupported, truncated or too_large.
     """
     picture = decoding.Encoded(encoded)
 

@@ -1,13 +1,12 @@
-"""Encoded pictures -> RGB pixels: JPEG, PNG, WebP, GIF (first frame), BMP, TIFF and AVIF.
+"""Encoded images -> RGB pixels, of the kinds in kinds.READ.
 
 JPEG goes through simplejpeg, which can leave out detail that a crop would not keep; all else, and the JPEG that it does
-not read (CMYK, streams with mended errors), goes through Pillow. What a picture is, its first bytes say, not its name.
-Pixels are taken to be sRGB: embedded colour profiles are not applied.
+not read (CMYK, streams with mended errors), goes through Pillow, without its metadata. What an image is, its first
+bytes say, not its name. Pixels are taken to be sRGB: embedded colour profiles are not applied.
 """
 
 from __future__ import annotations
 
-import io
 import struct
 from collections.abc import Sequence
 
@@ -15,15 +14,14 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 
-from coca_jax.data.images import geometry
+from coca_jax.data import kinds
+from coca_jax.data.images import bare, geometry, orientation, plugins
 from coca_jax.data.records import BadExample
 
 MAX_PIXELS = 89_478_485  # where Pillow, too, begins to suspect a decompression bomb: 256 MiB of RGB
 
-# Not all that Pillow reads: EPS starts Ghostscript, and few people publish pictures in the others.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-_ORIENTATION = 0x0112  # the EXIF tag
 _WHITE = (255, 255, 255)
+_DIM = 4096  # 16-bit samples that are all below may be 8 or 12 bits that nobody has scaled
 
 
 class Encoded:
@@ -34,28 +32,28 @@ class Encoded:
 
     Attributes:
       width, height: of the upright picture (as EXIF orientation turns it), pixels.
+      kind: of the image, as kinds.sniff calls it.
       reducible: whether `pixels` can leave out detail: it is a JPEG.
 
     Raises:
-      BadExample: no bytes (empty), no picture of a kind that is read (not_a_picture), one that is cut off in its header
-        (truncated), more than MAX_PIXELS pixels (too_large).
+      BadExample: no bytes (empty), no picture (not_a_picture), one of a kind that is not read (unsupported), one that
+        is cut off in its header (truncated), more than MAX_PIXELS pixels (too_large).
     """
 
     def __init__(self, data: bytes):
         if not data:
             raise BadExample("empty", "a picture of 0 bytes: write it again or drop it")
+        self.kind = kinds.sniff(data[:4096])
         self._data = data
         self._image: PIL.Image.Image | None = None
-        self.reducible = data[:2] == b"\xff\xd8"
-        exif, one_scan = _jpeg_segments(data) if self.reducible else (b"", True)
+        self._full_range = False
+        self.reducible = self.kind == "JPEG"
+        self._orientation, one_scan = bare.jpeg_segments(data) if self.reducible else (1, True)
         self._scans = 1 if one_scan else data.count(b"\xff\xda")
         self._stored, self._plain = self._jpeg_header() if self.reducible else ((0, 0), False)
         if not self._plain:
             self._image = self._open()
             self._stored = self._image.size
-            if not self.reducible and self._image.format != "TIFF":  # Pillow turns TIFF itself
-                exif = self._image.info.get("exif", b"")
-        self._orientation = _orientation(exif) if exif else 1
         turned = self._orientation >= 5
         self.width, self.height = self._stored[::-1] if turned else self._stored
 
@@ -84,11 +82,29 @@ class Encoded:
             if self.reducible and factor > 1:
                 image.draft(None, (width // factor, height // factor))
             reduced = factor if image.size != (width, height) else 1
-            pixels = _from_pillow(image, background)
+            pixels = _from_pillow(image, background, self._full_range)
         except Exception as error:
-            raise _bad(self._data, error) from error
+            raise _bad(self._data, self.kind, error) from error
         cell = factor // reduced
-        return _upright(pixels[: height // factor * cell, : width // factor * cell], self._orientation), reduced
+        pixels = pixels[: height // factor * cell, : width // factor * cell]
+        return orientation.upright(pixels, self._orientation), reduced
+
+    def drawn(self) -> str:
+        """How the image is stored: `palette` (or black and white), `transparent`, or empty, as photographs are."""
+        if self._image is None or self._image.mode.startswith("I"):
+            return ""
+        if "transparency" in self._image.info or self._image.mode in _TRANSPARENT:
+            return "transparent"
+        return "palette" if self._image.mode in ("1", "P") else ""
+
+    def rgba(self) -> np.ndarray:
+        """The upright image, uint8 `[h, w, 4]`; its colours under transparent pixels are kept. Raises as `pixels`."""
+        try:
+            stored = np.array((self._image or self._open()).convert("RGBA"))
+        except Exception as error:
+            raise _bad(self._data, self.kind, error) from error
+        self._image = None
+        return orientation.upright(stored, self._orientation)
 
     def _jpeg_header(self) -> tuple[tuple[int, int], bool]:
         """(width, height) as stored, and whether simplejpeg decodes it."""
@@ -105,26 +121,31 @@ class Encoded:
         pixels = simplejpeg.decode_jpeg(
             self._data, "RGB", min_height=-(-height // factor), min_width=-(-width // factor)
         )
-        return _upright(pixels[: height // factor, : width // factor], self._orientation), factor
+        return orientation.upright(pixels[: height // factor, : width // factor], self._orientation), factor
 
     def _open(self) -> PIL.Image.Image:
         try:
-            image = PIL.Image.open(io.BytesIO(self._data), formats=FORMATS)
+            plugins.check(self.kind, len(self._data))
+            stripped = bare.strip(self._data, self.kind)
+            self._orientation, self._full_range = stripped.orientation, stripped.full_range
+            image = plugins.open_image(stripped.data, self.kind)
             _check_size(*image.size, self._scans)
+            if self.kind == "AVIF":  # Pillow tells its turns, which are properties of the pixels, as EXIF
+                self._orientation = orientation.of_pillow(image)
             return image
         except BadExample:
             raise
         except (
             Exception
         ) as error:  # Pillow's plugins raise about anything: OSError, SyntaxError, struct.error, KeyError
-            raise _bad(self._data, error) from error
+            raise _bad(self._data, self.kind, error) from error
 
 
 def decode(data: bytes, background: Sequence[int] = _WHITE, min_side: int = 0) -> np.ndarray:
     """RGB pixels of an encoded picture, uint8 `[h, w, 3]`, upright (EXIF) and with transparency laid on `background`.
 
     Args:
-      data: a file's content, of one of FORMATS.
+      data: a file's content, of one of kinds.READ.
       background: red, green, blue, 0..255.
       min_side: a JPEG may come back at 1/2, 1/4 or 1/8 as long as its shorter side keeps so many pixels; 0: full size.
 
@@ -138,24 +159,43 @@ def decode(data: bytes, background: Sequence[int] = _WHITE, min_side: int = 0) -
 
 
 def from_pillow(image: PIL.Image.Image, background: Sequence[int] = _WHITE) -> np.ndarray:
-    """uint8 `[h, w, 3]` of an opened picture, upright; it is left as it is. Raises BadExample as `decode`."""
+    """uint8 `[h, w, 3]` of an opened image, upright; it is left as it is. Raises BadExample as `decode`."""
     _check_size(*image.size)
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-        pixels = _from_pillow(image.copy(), background)
+        deep = _is_deep(image)
+        image.load()  # metadata may follow the pixels
+        pixels = _from_pillow(image.copy(), background, deep=deep)
     except Exception as error:
         raise BadExample("not_a_picture", f"a Pillow image that cannot be read: {_said(error)}") from error
-    return np.require(_upright(pixels, 1 if image.format == "TIFF" else orientation), requirements=["C", "W"])
+    return np.require(orientation.upright(pixels, orientation.of_pillow(image)), requirements=["C", "W"])
 
 
-def _from_pillow(image: PIL.Image.Image, background: Sequence[int]) -> np.ndarray:
-    """uint8 `[h, w, 3]`, as stored."""
+_TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
+
+
+def _from_pillow(
+    image: PIL.Image.Image, background: Sequence[int], full_range: bool = False, deep: bool = False
+) -> np.ndarray:
+    """uint8 `[h, w, 3]`, as stored.
+
+    Args:
+      image: An opened image.
+      background: See `decode`.
+      full_range: Whether 16-bit samples are known to use all 16 bits.
+      deep: Whether the image has 16-bit samples, which a loaded one of colours does not tell.
+    """
+    deep = deep or _is_deep(image)
+    twelve = _rawmode(image) == "I;12"
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
         values = np.asarray(image)  # uint16, or int32 of mode "I"
         low, high = int(values.min()), int(values.max())
+        if twelve:
+            values = values << 4
         # Mode "I" holds 16 bits of most files. Of 8 (a convert("I")) they would all be black, of 32 nearly all white.
-        if image.mode == "I" and (low < 0 or 0 < high < 256 or high > 65_535):
+        elif image.mode == "I" and (low < 0 or 0 < high < _DIM or high > 65_535):
             raise ValueError(f"integers of 32 bits, {low} to {high}, of which nobody says what is white")
+        elif 0 < high < _DIM and not full_range:
+            raise ValueError(_unscaled(high))
         grey = (values >> 8).astype(np.uint8)
         pixels = np.repeat(grey[:, :, None], 3, axis=2)
         if isinstance(clear := image.info.get("transparency"), int):
@@ -163,52 +203,40 @@ def _from_pillow(image: PIL.Image.Image, background: Sequence[int]) -> np.ndarra
         return pixels
     if image.mode == "F":
         raise ValueError("pixels in floating point, of which nobody says what is white")
-    if image.mode not in ("RGBA", "RGBa", "LA", "La", "PA") and "transparency" not in image.info:
-        return np.asarray(image.convert("RGB"))
+    if image.mode not in _TRANSPARENT and "transparency" not in image.info:
+        pixels = np.asarray(image.convert("RGB"))
+        if deep and not full_range:
+            _check_range(int(pixels.max()))
+        return pixels
     rgba = image.convert("RGBA")
+    if deep and not full_range:
+        _check_range(max(high for _, high in rgba.getextrema()[:3]))
     canvas = PIL.Image.new("RGB", rgba.size, tuple(background))
     canvas.paste(rgba, mask=rgba)  # the mask is its alpha
     return np.asarray(canvas)
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undoes an EXIF orientation (tag 0x0112, 1..8); a view."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels
+def _rawmode(image: PIL.Image.Image) -> str:
+    """How the samples of an image that is not loaded yet are stored, as Pillow calls it; empty where it is loaded."""
+    args = image.tile[0][3] if getattr(image, "tile", None) else ""
+    return str(args[0] if isinstance(args, tuple) and args else args)
 
 
-def _jpeg_segments(data: bytes) -> tuple[bytes, bool]:
-    """Of a JPEG's segments before its first scan: the EXIF data, and whether that scan is surely the only one.
-
-    Pillow, too, finds both, in fifty times the time: a tenth of that of the decoding.
-    """
-    exif, components, at = b"", 0, 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xDA:  # it names the components that it holds
-            return exif, data[at + 4] == components
-        if marker in (0xC0, 0xC1):  # baseline and extended, not progressive
-            components = data[at + 9]
-        elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            exif = exif or data[at + 4 : at + 2 + length]
-        at += 2 + length if marker != 0xFF else 1
-    return exif, False
+def _is_deep(image: PIL.Image.Image) -> bool:
+    return ";16" in _rawmode(image)
 
 
-def _orientation(exif: bytes) -> int:
-    """1..8; 1 where the EXIF data cannot be read, which does not make the picture unreadable."""
-    try:
-        parsed = PIL.Image.Exif()
-        parsed.load(exif)
-        found = parsed.get(_ORIENTATION, 1)
-    except Exception:
-        return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+def _check_range(high: int) -> None:
+    """Of 16-bit samples of colour, which Pillow has cut to their upper 8 bits."""
+    if high < _DIM >> 8:
+        raise ValueError(_unscaled(((high + 1) << 8) - 1))
+
+
+def _unscaled(high: int) -> str:
+    return (
+        f"samples of 16 bits, none above {high} of 65,535: white may be 255, 1,023 or 4,095, which nobody says; scale "
+        "them to the full range"
+    )
 
 
 def _check_size(width: int, height: int, scans: int = 1) -> None:
@@ -229,16 +257,16 @@ def _said(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _bad(data: bytes, error: Exception) -> BadExample:
+def _bad(data: bytes, kind: str, error: Exception) -> BadExample:
     """What Pillow raised, with its reason."""
     said = _said(error)
-    # A size that the header gives, or text and profiles of a PNG that swell beyond what Pillow allows.
+    # A size that the header gives, as Pillow and libheif say it.
     if isinstance(error, PIL.Image.DecompressionBombError | PIL.Image.DecompressionBombWarning | MemoryError) or any(
-        words in said.lower() for words in ("too large for", "too much memory")
+        words in said.lower() for words in ("too large for", "too much memory", "security limit exceeded")
     ):
         return BadExample("too_large", f"{len(data)} bytes that unpack to too much: {said}; drop them")
     if isinstance(error, PIL.UnidentifiedImageError):  # it tells where in memory the bytes are
-        said = f"none of {', '.join(FORMATS)}"
+        said = f"damaged in the header of its {kind}" if kind else f"none of {', '.join(kinds.READ)}"
     reason = "truncated" if "truncated" in said.lower() or _ends_early(data) else "not_a_picture"
     return BadExample(reason, f"{len(data)} bytes that are not a readable picture: {said}")
 
@@ -259,9 +287,11 @@ def _ends_early(data: bytes) -> bool:
         return len(data) < struct.unpack_from("<I", data, 2)[0]
     if data.startswith((b"II*\0", b"MM\0*")):  # its first directory may stand at its end
         return len(data) <= struct.unpack_from("<I" if data.startswith(b"II") else ">I", data, 4)[0]
-    if data[4:8] == b"ftyp":  # AVIF: one box after the other, each with its length before it
+    if data[4:8] == b"ftyp":  # AVIF, HEIC: one box after the other, each with its length before it
         at = 0
-        while at + 8 <= len(data) and (length := struct.unpack_from(">I", data, at)[0]) >= 8:
-            at += length
+        while at + 16 <= len(data) and (length := struct.unpack_from(">I", data, at)[0]) not in range(2, 8):
+            if length == 1:  # the length follows in 8 bytes
+                length = struct.unpack_from(">Q", data, at + 8)[0]
+            at = at + max(8, length) if length else len(data)  # 0: to the end
         return at != len(data) or b"mdat" not in data
     return False

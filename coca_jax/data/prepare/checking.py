@@ -9,15 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import simplejpeg
 
 from coca_jax.data import images, label_names, records
+from coca_jax.data.images.decoding import Encoded
 from coca_jax.data.records import BadExample, Record
 from coca_jax.data.sources.base import one_line
 
-# Pictures of these modes are drawn, not photographed (or see-through, which JPEG cannot be): they become PNG.
-_DRAWN = ("1", "P", "PA", "LA", "La", "RGBA", "RGBa")
 QUALITY = 92
 
 
@@ -67,42 +65,37 @@ def check(record: Record, max_side: int = 0, quality: int = QUALITY) -> Checked:
     if not record.image:
         raise BadExample("empty", f"{where}: its picture has no bytes")
     try:
-        pixels = images.decode(record.image)
-        for frame in record.frames:
-            images.decode(frame)
+        (kind, drawn, pixels), *frames = map(_decode, (record.image, *record.frames))
     except BadExample as error:
         raise BadExample(error.reason, f"{where}: {error}") from error
     kept = record._replace(captions=captions)
-    kind, mode = _kind(record.image)
     height, width = pixels.shape[:2]
     blank = len(record.captions) - len(captions)
     if not max_side or max(width, height) <= max_side:
         return Checked(kept, width, height, kind, False, blank)
     width, height = (max(1, round(side * max_side / max(pixels.shape[:2]))) for side in (width, height))
-    image = _encode(record.image, pixels, mode, (width, height), quality)
-    frames = tuple(_encode(f, images.decode(f), _kind(f)[1], (width, height), quality) for f in record.frames)
-    return Checked(kept._replace(image=image, frames=frames), width, height, kind, True, blank)
+    image = _shrink(record.image, pixels, drawn, (width, height), quality)
+    smaller = tuple(
+        _shrink(frame, pixels, drawn, (width, height), quality)
+        for frame, (_, drawn, pixels) in zip(record.frames, frames, strict=True)
+    )
+    return Checked(kept._replace(image=image, frames=smaller), width, height, kind, True, blank)
 
 
-def _kind(image: bytes) -> tuple[str, str]:
-    """Format and mode, as Pillow calls them; `transparent` where a palette or a colour is."""
-    try:
-        with PIL.Image.open(io.BytesIO(image)) as opened:
-            return opened.format or "other", "transparent" if "transparency" in opened.info else opened.mode
-    except Exception:  # it has been decoded: only by another library than Pillow
-        return "other", "RGB"
+def _decode(image: bytes) -> tuple[str, str, np.ndarray]:
+    """Kind, Encoded.drawn() and upright pixels, uint8 `[h, w, 3]`."""
+    encoded = Encoded(image)
+    return encoded.kind, encoded.drawn(), np.require(encoded.pixels()[0], requirements=["C"])
 
 
-def _encode(image: bytes, pixels: np.ndarray, mode: str, size: tuple[int, int], quality: int) -> bytes:
-    if mode not in (*_DRAWN, "transparent"):
+def _shrink(image: bytes, pixels: np.ndarray, drawn: str, size: tuple[int, int], quality: int) -> bytes:
+    if not drawn:
         return simplejpeg.encode_jpeg(images.resize(pixels, *size), quality, "RGB", "420")
-    if mode in ("1", "P"):
-        small = PIL.Image.fromarray(images.resize(pixels, *size))
+    if drawn == "transparent":
+        # Pillow weighs the colours by their opacity: what hides under transparent pixels does not bleed.
+        small = PIL.Image.fromarray(Encoded(image).rgba()).resize(size, PIL.Image.Resampling.BICUBIC)
     else:
-        with PIL.Image.open(io.BytesIO(image)) as opened:
-            PIL.ImageOps.exif_transpose(opened, in_place=True)
-            # Pillow weighs the colours by their opacity: what hides under transparent pixels does not bleed.
-            small = opened.convert("RGBA").resize(size, PIL.Image.Resampling.BICUBIC)
+        small = PIL.Image.fromarray(images.resize(pixels, *size))
     out = io.BytesIO()
     small.save(out, "PNG", optimize=True)
     return out.getvalue()

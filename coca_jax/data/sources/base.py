@@ -20,13 +20,13 @@ MAX_BYTES = opening.EXAMPLE_BYTES
 
 # Endings of file names, in lower case, of the kinds in kinds.READ. What a file is, its bytes say.
 READ_EXTENSIONS = (
-    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl"),
-    *("jif", "jfi", "pjpeg", "pjp", "jpg_large", "jpg_orig", "apng", "dib", "avifs", "hif", "heics", "heifs"),
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "hif"),
+    *("jif", "jfi", "pjpeg", "pjp", "jpg_large", "jpg_orig", "apng", "dib", "avifs", "heics", "heifs"),
 )
 # All that look like an image: none is dropped without being counted. What is not read is a bad example with its kind.
 IMAGE_EXTENSIONS = (
     *READ_EXTENSIONS,
-    *("svg", "svgz", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "jpm", "jls", "jxr", "wdp", "hdp", "bpg", "flif"),
+    *("jxl", "svg", "svgz", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "jpm", "jls", "jxr", "wdp", "hdp", "bpg", "flif"),
     *("psd", "psb", "xcf", "ico", "cur", "icns", "eps", "emf", "wmf", "tga", "dds", "exr", "hdr", "qoi", "pcx", "sgi"),
     *("pnm", "ppm", "pgm", "pbm", "pam", "pfm", "xbm", "xpm", "mng", "jng", "djvu", "dcm", "fits"),
     *("raw", "dng", "cr2", "cr3", "crw", "nef", "nrw", "arw", "srf", "sr2", "orf", "rw2", "raf", "pef", "srw", "x3f"),

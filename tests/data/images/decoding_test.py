@@ -167,7 +167,9 @@ def test_sixteen_bits_of_grey():
     np.testing.assert_array_equal(images.decode(clear, (9, 8, 7))[2, 3], (9, 8, 7))
 
 
-@pytest.mark.parametrize("high, is_read", [(0, True), (255, False), (256, True), (65_535, True), (65_536, False)])
+@pytest.mark.parametrize(
+    "high, is_read", [(0, True), (255, False), (4095, False), (4096, True), (65_535, True), (65_536, False)]
+)
 def test_integers_of_32_bits_are_read_where_they_are_16(high, is_read):
     grey = np.linspace(0, high, 64).reshape(8, 8).astype(np.int32)
     image = PIL.Image.fromarray(grey)

@@ -73,3 +73,42 @@ def png(
     extra = b"".join(chunk(kind.encode(), data) for kind, data in chunks.items())
     body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(filtered)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+XMP_HEAD = b"http://ns.adobe.com/xap/1.0/\0"
+
+
+def xmp(orientation: int | str, *, element: bool = False, quote: str = '"', padding: int = 0) -> bytes:
+    """An XMP packet of that orientation, as an attribute or an element, after so many bytes of something else."""
+    attribute = "" if element else f" tiff:Orientation={quote}{orientation}{quote}"
+    inside = f"<tiff:Orientation>{orientation}</tiff:Orientation>" if element else ""
+    return (
+        '<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+        f'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><!--{"history " * (padding // 8)}--><rdf:Description '
+        f'xmlns:tiff="http://ns.adobe.com/tiff/1.0/"{attribute}>{inside}</rdf:Description></rdf:RDF></x:xmpmeta>'
+    ).encode()
+
+
+def with_chunks(data: bytes, *chunks: bytes, after: bool = False) -> bytes:
+    """The PNG with chunks behind its header, or after its pixels."""
+    at = len(data) - 12 if after else 33
+    return data[:at] + b"".join(chunks) + data[at:]
+
+
+def with_segment(data: bytes, marker: int, body: bytes) -> bytes:
+    """The JPEG with another segment at its beginning."""
+    return data[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + data[2:]
+
+
+def raw_profile(name: str, body: bytes, kind: str = "zTXt") -> bytes:
+    """A text chunk as ImageMagick writes it: hexadecimal digits, 72 a line, after the profile's name and length."""
+    digits = body.hex()
+    lines = "\n".join(digits[i : i + 72] for i in range(0, len(digits), 72))
+    return text_chunk(f"Raw profile type {name}", f"\n{name}\n{len(body):8}\n{lines}\n".encode(), kind)
+
+
+def text_chunk(key: str, text: bytes, kind: str) -> bytes:
+    """A PNG's tEXt, zTXt, iTXt, or, compressed, `ziTXt`."""
+    head = {"tEXt": b"\0", "zTXt": b"\0\0", "iTXt": b"\0\0\0\0\0", "ziTXt": b"\0\1\0\0\0"}[kind]
+    body = zlib.compress(text) if kind.startswith("z") else text
+    return chunk(kind[-4:].encode(), key.encode() + head + body)
