@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -210,7 +211,8 @@ def _from_pillow(
         return pixels
     rgba = image.convert("RGBA")
     if deep and not full_range:
-        _check_range(max(high for _, high in rgba.getextrema()[:3]))
+        extrema: Any = rgba.getextrema()
+        _check_range(max(high for _, high in extrema[:3]))
     canvas = PIL.Image.new("RGB", rgba.size, tuple(background))
     canvas.paste(rgba, mask=rgba)  # the mask is its alpha
     return np.asarray(canvas)
@@ -218,7 +220,8 @@ def _from_pillow(
 
 def _rawmode(image: PIL.Image.Image) -> str:
     """How the samples of an image that is not loaded yet are stored, as Pillow calls it; empty where it is loaded."""
-    args = image.tile[0][3] if getattr(image, "tile", None) else ""
+    tile = getattr(image, "tile", None)  # of an image that was opened from a file
+    args = tile[0][3] if tile else ""
     return str(args[0] if isinstance(args, tuple) and args else args)
 
 
