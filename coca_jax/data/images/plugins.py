@@ -7,6 +7,7 @@ import functools
 import io
 import pathlib
 import warnings
+from typing import Any
 
 import PIL.features
 import PIL.Image
@@ -43,7 +44,7 @@ def open_image(data: bytes, kind: str) -> PIL.Image.Image:
       kind: Of kinds.sniff.
     """
     if kind == "HEIC":
-        image: PIL.Image.Image = _heif()(io.BytesIO(data))  # type: ignore[misc]
+        image: PIL.Image.Image = _heif()(io.BytesIO(data))
         return image
     if kind == "TIFF":
         _quiet_tiff()
@@ -51,8 +52,8 @@ def open_image(data: bytes, kind: str) -> PIL.Image.Image:
 
 
 @functools.cache
-def _heif() -> type | None:
-    """The plugin for HEIC, which is not registered: it would then open files of the caller's, too."""
+def _heif() -> Any:
+    """The plugin's class, None without its package. Registered with Pillow it would open the caller's files, too."""
     try:
         from pillow_heif.as_plugin import HeifImageFile
     except ImportError:
