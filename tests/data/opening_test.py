@@ -15,7 +15,7 @@ import pytest
 from coca_jax.data import classes, opening
 from coca_jax.data.images import preprocessor
 from coca_jax.data.records import BadExample, DataError
-from coca_jax.data.sources import files, open_source
+from coca_jax.data.sources import files, open_source, tables
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import folders, open_clip, torch_files
 from coca_jax.interop.vision import files as vision_files
@@ -123,3 +123,18 @@ def test_lines_of_a_file_are_those_of_the_disk(tmp_path: pathlib.Path) -> None:
     content = b"".join(b"%d " % n * (n % 7) + b"\n" for n in range(1000))
     (tmp_path / "a.jsonl").write_bytes(content)
     assert b"".join(line or b"" for line in files.lines(os.fspath(tmp_path / "a.jsonl"))) == content
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_file_of_more_captions_than_memory_holds_is_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr(tables, "MAX_ROWS", 3)
+    line = '{"file_name": "a.jpg", "caption": "a card"}\n' if ending == "jsonl" else "a.jpg,a card\n"
+    header = "" if ending == "jsonl" else "file_name,caption\n"
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8")
+    (tmp_path / f"captions.{ending}").write_text(header + 3 * line)
+    assert open_source(f"folder:{tmp_path}")[0].captions == ("a card",) * 3
+    (tmp_path / f"captions.{ending}").write_text(header + 4 * line)
+    with pytest.raises(DataError, match="has more than 3 rows"):
+        open_source(f"folder:{tmp_path}")

@@ -224,10 +224,7 @@ def read(path: str, limit: int = MAX_BYTES, what: str = "one image") -> bytes:
 
 
 def lines(path: str, longest: int = opening.LINE_BYTES) -> Iterator[bytes | None]:
-    r"""The lines of a file on a disk or in a bucket, their `\n` included; None for one of more than `longest` bytes.
-
-    Raises OSError, of which some are UnusableFile.
-    """
+    r"""The lines of what `parts` gives, their `\n` included; None for one of more than `longest` bytes."""
     return opening.lines(parts(path), longest)
 
 

@@ -27,6 +27,8 @@ from coca_jax.data.sources.base import (
 from coca_jax.data.sources.delimited import Delimited, Problem
 from coca_jax.data.sources.parquet import _pyarrow
 
+# Rows of one file: each takes 0.9 KB of memory.
+MAX_ROWS = 10_000_000
 _WHOLE = 4 << 30  # bytes of a JSON or Parquet file of captions, unpacked; COCO's has 144 MB
 # What a file's ending promises to hold between its fields.
 _SEPARATED = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": ",", ".token": "\t", ".psv": "|"}
@@ -102,11 +104,16 @@ def read_table(spec: Spec, path: str, exists: Callable[[str], bool], limit: int 
             found = _parquet(path)
         else:
             found = delimited.rows(files.parts(path), _SEPARATED[ending], _known(spec), exists, plain, form)
-        rows = list(itertools.islice(found, limit))
+        rows = list(itertools.islice(found, MAX_ROWS + 1 if limit is None else limit))
     except files.UnusableFile:
         raise
     except OSError as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
+    if len(rows) > MAX_ROWS:
+        raise DataError(
+            f"{path} has more than {MAX_ROWS:,} rows, and memory holds them all: write tar shards or Parquet, "
+            "or in several folders, each with its file"
+        )
     there = form.columns or list(dict.fromkeys(name for _, row in rows if isinstance(row, dict) for name in row))
     if not there and any(isinstance(row, dict) for _, row in rows):
         raise DataError(f"{path}: its rows have no columns")

@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex
 
 from etils import epath
 
-from coca_jax.data import label_names
+from coca_jax.data import label_names, opening
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import prompts
 from coca_jax.data.sources.base import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, Spec, choose, digest, one_line
@@ -184,7 +184,9 @@ def _check_classes(folders: Iterable[epath.PathLike], spec: Spec) -> None:
         top = epath.Path(folder) / spec.location.partition(":")[0].partition("/")[0]
         for file in (*top.glob("*/features.json"), *top.glob("*/*/features.json")):
             try:
-                foreign = next((name for name in _classes(json.loads(file.read_text())) if not _CLASS.match(name)), "")
+                foreign = next(
+                    (name for name in _classes(json.loads(opening.read(file))) if not _CLASS.match(name)), ""
+                )
             except (OSError, ValueError, RecursionError) as error:
                 raise DataError(f"{spec.text}: {file} cannot be read: {one_line(error)}; prepare it again") from error
             if foreign:
