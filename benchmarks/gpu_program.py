@@ -96,7 +96,7 @@ def main() -> None:
     from coca_jax.model import flops
     from coca_jax.plan import hlo
 
-    chip = chips.of_device_kind(device.device_kind)
+    chip = chips.from_device_kind(device.device_kind)
     assert chip is not None
     c = config.from_config_dict(runpy.run_path(args.config)["get_config"]())
     c = dataclasses.replace(
@@ -120,11 +120,11 @@ def main() -> None:
         products = sum(size for kind, size in moved.items() if kind.startswith("__cublas"))
         attention = sum(size for kind, size in moved.items() if kind.startswith("__cudnn"))
         rest = sum(moved.values()) - products - attention
-        wanted = flops.of_step(variant) / (chip.peak_tflops * 1e12)
+        wanted = flops.train_step_flops(variant) / (chip.peak_tflops * 1e12)
         best = wanted + (attention + rest) / (chip.hbm_gbs * GB)
         figures = (
             *(f"{memory.argument_size_in_bytes / GIB:.2f}", f"{memory.temp_size_in_bytes / GIB:.2f}"),
-            *(f"{flops.of_step(variant) / 1e12:.2f}", f"{products / GB:.1f}", f"{attention / GB:.1f}"),
+            *(f"{flops.train_step_flops(variant) / 1e12:.2f}", f"{products / GB:.1f}", f"{attention / GB:.1f}"),
             *(f"{rest / GB:.1f}", f"{best:.4f}", f"{wanted / best:.0%}"),
         )
         print(f"{name:24}{''.join(f'{figure:>14}' for figure in figures)}{seconds:15.0f}", flush=True)

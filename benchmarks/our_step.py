@@ -99,7 +99,7 @@ def open_worker(options: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
         "device": device.device_kind,
         "versions": f"jax {jax.__version__}",
         "loss": first,
-        "step_flops": flops.of_step(c),
+        "step_flops": flops.train_step_flops(c),
         "compile_seconds": compile_seconds,
         "first_step_seconds": time.perf_counter() - started,
         "temporary_bytes": memory.temp_size_in_bytes,

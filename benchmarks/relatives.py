@@ -51,7 +51,9 @@ def recipe(row: str) -> config.Config:
 
 def steps_of(row: str, budget: int) -> int:
     """So many steps of a row cost its share of `budget` steps of CoCa, in model FLOPs."""
-    return max(1, round(ROWS[row][1] * budget * flops.of_step(recipe("coca")) / flops.of_step(recipe(row))))
+    return max(
+        1, round(ROWS[row][1] * budget * flops.train_step_flops(recipe("coca")) / flops.train_step_flops(recipe(row)))
+    )
 
 
 def train(row: str, folder: pathlib.Path, budget: int) -> None:
@@ -72,12 +74,12 @@ def train(row: str, folder: pathlib.Path, budget: int) -> None:
 def table(folder: pathlib.Path, budget: int) -> list[str]:
     """Lines of Markdown: of every row its cost and what it has learned; the rows that are not there are left out."""
     lines = ["| | GFLOP a step | x CoCa's | steps | " + " | ".join(SHOWN) + " |", "|---" * (4 + len(SHOWN)) + "|"]
-    whole = flops.of_step(recipe("coca"))
+    whole = flops.train_step_flops(recipe("coca"))
     for row in ROWS:
         if not (folder / row / "report.html").exists():
             continue
         found = [line for line in read_lines(folder / row / "metrics.jsonl") if "loss" not in line][-1]
-        one, steps = flops.of_step(recipe(row)), steps_of(row, budget)
+        one, steps = flops.train_step_flops(recipe(row)), steps_of(row, budget)
         if found["step"] != steps:
             sys.exit(f"error: {folder / row} has {found['step']} steps, and --steps={budget} makes {steps}")
         values = [f"{found[f'seen/{name}']:.3f}" if f"seen/{name}" in found else "" for name in SHOWN]

@@ -95,7 +95,7 @@ def tpu(rows: int) -> list[dict[str, Any]]:
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process only counts parameters
     lines = []
     for name in tqdm(CHIPS, unit="program"):
-        slices = topology.read(name)
+        slices = topology.parse_topology(name)
         c = recipe("configs/coca_base.py", rows, slices.chips, 16)
         lines.append(figures(c, slices.chips, compiled.measure(c, slices, timeout=1500)))
     return lines

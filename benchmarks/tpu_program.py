@@ -88,7 +88,7 @@ def mesh_of(four: topology.Topology) -> Any:
 
 def main() -> None:
     args = parse()
-    four = topology.read(f"{args.chip}:2x2")
+    four = topology.parse_topology(f"{args.chip}:2x2")
     mesh, chip = mesh_of(four), four.chip
     if args.kernels:
         print(json.dumps(schedules(variant(args, args.ours[0]), mesh, Path(args.kernels))))
@@ -116,10 +116,10 @@ def main() -> None:
         memory, traffic = program.memory_analysis(), hlo.traffic(text, 1)
         kernels = sum(cycles for _, cycles in in_another_process(args, changes)) / clock
         products, rest = traffic.product_cycles / clock, traffic.hbm_apart / (chip.hbm_gbs * GB)
-        wanted, in_all = flops.of_step(c) / (chip.peak_tflops * 1e12), products + kernels + rest
+        wanted, in_all = flops.train_step_flops(c) / (chip.peak_tflops * 1e12), products + kernels + rest
         figures = (
             *(f"{size / GIB:.2f}" for size in (memory.argument_size_in_bytes, memory.temp_size_in_bytes)),
-            *(f"{flops.of_step(c) / 1e12:.2f}", f"{products * 1e3:.3f}", f"{kernels * 1e3:.3f}"),
+            *(f"{flops.train_step_flops(c) / 1e12:.2f}", f"{products * 1e3:.3f}", f"{kernels * 1e3:.3f}"),
             *(f"{traffic.hbm_apart / GB:.1f}", f"{rest * 1e3:.3f}", f"{in_all * 1e3:.3f}", f"{wanted / in_all:.0%}"),
         )
         print(f"{name:24}{''.join(f'{figure:>12}' for figure in figures)}{seconds:15.0f}", flush=True)

@@ -1,7 +1,7 @@
-"""What accelerators can do, by their makers' data: one table, for the planner and for the numbers while training.
+"""Published performance figures of accelerators: one table for the planner and for throughput metrics.
 
-Peaks are dense bfloat16 products; where a maker prints the figure with sparsity, half of it. 1 TFLOP is 10^12
-operations, a multiply-add counts as two; GB is 10^9 bytes, GiB 2^30.
+Peaks are dense bfloat16 products; where a vendor prints the figure with sparsity, half of it. 1 TFLOP is 10^12
+operations, with a multiply-add as two; GB is 10^9 bytes, GiB 2^30.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip (a TPU v4 or v5p chip has two cores that work as one device).
+    """One chip. The two cores of a TPU v4 or v5p chip work as one device.
 
     Attributes:
-      name: as topologies are named, or the usual one.
-      device_kinds: patterns of `jax.Device.device_kind`, matched from the start.
-      peak_tflops: dense bfloat16 TFLOP/s.
-      hbm_gib: GiB of memory.
-      usable_gib: GiB that a program may take. Of a TPU, what the compiler refuses to go beyond; of a GPU, the share
-        that JAX allocates unless told otherwise (XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75).
-      hbm_gbs: GB/s of memory.
-      interconnect_gbs: GB/s that a chip can send to its neighbours while it receives as much, over all its links.
-      dimensions: of the torus that the chips of a slice make; 0: not a TPU.
-      cycle_flops: operations of a clock cycle at the peak, for a TPU whose compiler counts in cycles.
-      source: the maker's page.
-      checked: whether the figures were read on that page; what was not is said in a comment beside them.
+      name: Name as in TPU topologies, or the usual one.
+      device_kinds: Regular expressions for `jax.Device.device_kind`, matched from the start.
+      peak_tflops: Dense bfloat16 TFLOP/s.
+      hbm_gib: Device memory in GiB.
+      usable_gib: GiB that a program may use: the compiler's limit on a TPU; on a GPU, the share that JAX preallocates
+        by default (XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75).
+      hbm_gbs: Memory bandwidth in GB/s.
+      interconnect_gbs: GB/s that a chip can send to its neighbors while receiving as much, over all its links.
+      dimensions: Dimensions of the torus of a TPU slice; 0: not a TPU.
+      source: The vendor's page.
+      checked: Whether the figures were read on that page; a comment names those that were not.
+      cycle_flops: Operations per clock cycle at the peak, for a TPU whose compiler reports cycles.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Chip:
     cycle_flops: int = 0
 
 
-# The pages of Google's were read in their copies of 2026. `usable_gib` is what libtpu 0.0.52 says in its message
-# when a program is too large. `cycle_flops` are matrix units of 128 or 256 squared, two operations in each place:
-# libtpu counts on 70 to 97% of them for products of 4096 and 8192 cubed.
+# Google's pages were read in 2026. `usable_gib` is from libtpu 0.0.52's error message for a program that is too large.
+# `cycle_flops` assumes matrix units of 128 or 256 squared with two operations per cell; libtpu assumes 70 to 97% of
+# that for products of 4096 and 8192 cubed.
 CHIPS: tuple[Chip, ...] = (
-    # The page has no figure for the links: 6 of 50 GB/s are from Jouppi et al. 2023 (arXiv 2304.01433), not read again.
+    # The page has no link bandwidth: 6 links of 50 GB/s are from Jouppi et al. 2023 (arXiv 2304.01433), not read again.
     Chip("v4", (r"TPU v4$",), 275, 32, 30.75, 1200, 300, 3, "https://docs.cloud.google.com/tpu/docs/v4", True, 2**18),
-    # Of the links the pages give both directions together: 400, 1200 and 800 GB/s; one way is half.
+    # The pages give link bandwidth in both directions together (400, 1200 and 800 GB/s); one way is half.
     Chip(
         "v5e",
         (r"TPU v5 ?lite$", r"TPU v5e$"),
@@ -88,7 +88,7 @@ CHIPS: tuple[Chip, ...] = (
         True,
         2**19,
     ),
-    # NVIDIA's pages could not be read: the figures are those that resellers and MLPerf submissions print.
+    # NVIDIA's pages could not be read: these figures are from resellers and MLPerf submissions.
     Chip(
         "a100-80",
         (r"NVIDIA A100.*80GB",),
@@ -128,11 +128,11 @@ CHIPS: tuple[Chip, ...] = (
 )
 
 
-def of_device_kind(kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`; None where it is not in the table (a CPU, another GPU)."""
+def from_device_kind(kind: str) -> Chip | None:
+    """Chip of a `jax.Device.device_kind`; None if it is not in the table (a CPU, another GPU)."""
     return next((chip for chip in CHIPS if any(re.match(pattern, kind) for pattern in chip.device_kinds)), None)
 
 
 def tpu(name: str) -> Chip | None:
-    """The TPU of a name such as `v5e`, or None."""
+    """TPU with a name such as `v5e`, or None."""
     return next((chip for chip in CHIPS if chip.name == name and chip.dimensions), None)

@@ -1,7 +1,7 @@
-"""Where every array lives: one mesh, one table of logical axis -> mesh axis, parameter axes by path.
+"""Sharding of all arrays: one mesh, one table from logical to mesh axes, logical axes of parameters by path.
 
-The same program runs on 1 CPU device and on 2,048 chips: only the mesh differs. Parameters, optimiser state and
-activations are placed by the tables below and by nothing else.
+The same program runs on 1 CPU device and on 2,048 chips; only the mesh differs. The tables below alone decide the
+placement of parameters, optimizer state and activations.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("replica", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. An array that names one mesh axis twice is an error, not a guess.
+# Logical axis -> mesh axes. An array that uses one mesh axis twice is an error.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("replica", "fsdp"),
-    "replicas": ("replica",),  # a batch of which each replica's devices hold all rows, and each other columns
-    "embed": ("fsdp",),  # the model's width, of parameters
+    "replicas": ("replica",),  # a batch with all its rows on each device of a replica, split by columns
+    "embed": ("fsdp",),  # model width of parameters
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
-    "layers": (),  # scanned
-    "width": (),  # the model's width, of activations
+    "layers": (),  # scanned over
+    "width": (),  # model width of activations
     "head_width": (),
     "position": (),
     "patch": (),
-    "latent": (),  # the contrastive space
-    "classes": (),  # of a task
-    "rank": (),  # of a low-rank update
+    "latent": (),  # contrastive space
+    "classes": (),  # of a classification task
+    "rank": (),  # rank of a low-rank update
 }
 
-# Parameter path -> logical axes; the first match wins. A stacked layer has "layers" in front of what is written here.
+# Parameter path -> logical axes; the first match wins. Stacked layers have "layers" in front of these.
 _PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"attention/(query|key|value)/kernel$", ("embed", "heads", "head_width")),
     (r"attention/(query|key|value)/bias$", ("heads", "head_width")),
@@ -62,9 +62,9 @@ _PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def slice_count(devices: Sequence[jax.Device] | None = None) -> int:
-    """Groups of devices that the fast network joins: slices of TPUs, GPU nodes as JAX finds them, otherwise processes.
+    """Number of device groups with a fast network: TPU slices, GPU nodes as JAX reports them, otherwise processes.
 
-    The slower network between them is what `config.Mesh` calls DCN.
+    The slower network between groups is called DCN in `config.Mesh`.
     """
     return len({_slice_of(d) for d in (jax.devices() if devices is None else devices)})
 
@@ -75,32 +75,32 @@ def make_mesh(
     *,
     dcn: tuple[int, int, int] = (1, 1, 1),
 ) -> Mesh:
-    """A mesh of (replica, fsdp, tensor) devices, laid out for the interconnect by JAX.
+    """Mesh of (replica, fsdp, tensor) devices, arranged for the interconnect by JAX.
 
     Args:
-      shape: sizes of the axes in the whole job.
-      devices: those of the job if None.
-      dcn: how many slices lie along each axis. Each axis then counts slice by slice: neighbours along it are in one
-        slice, but for `dcn - 1` steps from a slice to the next.
+      shape: Sizes of the axes over the whole job.
+      devices: Devices to use; None for all of the job.
+      dcn: Number of slices along each axis. Along an axis, the devices of one slice are consecutive, with `dcn - 1`
+        steps from one slice to the next.
 
     Raises:
-      ValueError: the shape does not use every device, or dcn does not use every slice or divide the shape.
+      ValueError: The shape does not use every device, or dcn does not use every slice or does not divide the shape.
     """
     devices = jax.devices() if devices is None else devices
     named = dict(zip(MESH_AXES, shape, strict=True))
     if math.prod(shape) != len(devices):
-        raise ValueError(f"mesh {named} does not use the {len(devices)} devices")
+        raise ValueError(f"mesh {named} has {math.prod(shape)} devices, but there are {len(devices)}")
     if math.prod(dcn) > 1:
         if math.prod(dcn) != slice_count(devices) or any(n % d for n, d in zip(shape, dcn, strict=True)):
-            raise ValueError(f"mesh {named} cannot lie over {slice_count(devices)} slices as {dcn}")
+            raise ValueError(f"mesh {named} cannot be split over {slice_count(devices)} slices by dcn={dcn}")
         inside = [n // d for n, d in zip(shape, dcn, strict=True)]
-        # Splitting a physical axis is what JAX tries last, where no whole axes make up the shape.
+        # JAX splits a physical axis only as a last resort, where no whole axes make up the shape.
         array = mesh_utils.create_hybrid_device_mesh(
             inside, dcn, devices, process_is_granule=not _has_slices(devices[0]), allow_split_physical_axes=True
         )
     else:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    # Auto: the compiler propagates shardings. jax.make_mesh's default (Explicit) makes a plain Flax Dense raise.
+    # Auto: the compiler propagates shardings. With jax.make_mesh's default (Explicit), a plain Flax Dense raises.
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -113,10 +113,10 @@ def _slice_of(device: jax.Device) -> int:
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """Logical axes -> PartitionSpec; None is an axis that is not sharded.
+    """PartitionSpec of logical axes; None is an axis that is not sharded.
 
     Raises:
-      ValueError: an axis is not in the table, or two axes want the same mesh axis.
+      ValueError: An axis is not in the table, or two axes need the same mesh axis.
     """
     parts: list[Any] = []
     for axis in axes:
@@ -130,9 +130,9 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to its logical axes; does nothing where no mesh is set (a notebook, one device).
+    """Constrain an activation to its logical axes; no-op without a mesh (a notebook, one device).
 
-    An axis that the mesh does not divide evenly is left to the compiler.
+    Axes that the mesh does not divide evenly are left to the compiler.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -143,29 +143,30 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 def per_shard(
     function: Callable[..., jax.Array], *arrays: tuple[jax.Array | None, tuple[str | None, ...]]
 ) -> jax.Array:
-    """`function(*arrays)` on each device with its shards alone, for kernels that the compiler cannot split.
+    """Run `function(*arrays)` on each device with its shards, for kernels that the compiler cannot partition.
 
     Args:
-      function: of the arrays' shards; each shard's result must depend on nothing else. The result has the axes of the
-        first array.
-      *arrays: each with its logical axes, as `shard` takes them. An axis that the mesh does not divide evenly is whole
-        on each device. None is handed on.
+      function: Function of the arrays' shards whose result for a shard depends on that shard alone. The result has the
+        axes of the first array.
+      *arrays: Arrays with their logical axes, as for `shard`. An axis that the mesh does not divide evenly is
+        replicated. None is passed through.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(*(x for x, _ in arrays))
     sizes = dict(mesh.shape)
     specs = tuple(None if x is None else _fit(spec(*axes), x.shape, sizes) for x, axes in arrays)
-    # check_vma: a kernel does not say over which axes its result varies.
+    # check_vma: a kernel does not declare over which axes its result varies.
     mapped = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
     return mapped(*(x for x, _ in arrays))
 
 
-def in_order(x: jax.Array) -> jax.Array:
-    """Has a GPU hold an activation in the order of its axes; does nothing on other devices, or where there are several.
+def keep_axis_order(x: jax.Array) -> jax.Array:
+    """Keep an activation in the memory order of its axes on a single GPU; no-op elsewhere.
 
-    Of one GPU's program XLA (jaxlib 0.10.2) otherwise puts a batch of pictures innermost, so that every norm reads its
-    token's values from far apart. It does not where it shards a program, and it would gather x for such a constraint.
+    In a program for one GPU, XLA (jaxlib 0.10.2) otherwise moves the batch of images innermost, and every norm then
+    reads a token's values from far apart. Sharded programs do not have this problem, and the constraint would gather x
+    there.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
@@ -178,7 +179,7 @@ def parameter_axes(path: str, ndim: int) -> tuple[str, ...]:
     """Logical axes of the parameter at a path such as `image_encoder/blocks/attention/query/kernel`.
 
     Raises:
-      ValueError: no rule matches, or the rule does not fit the number of axes.
+      ValueError: No rule matches, or the rule has another number of axes.
     """
     if found := re.fullmatch(r"lora/(.*)/(a|b)", path):
         layers = _table_axes(found[1])[: "/blocks/" in path]
@@ -187,12 +188,12 @@ def parameter_axes(path: str, ndim: int) -> tuple[str, ...]:
     else:
         axes = _table_axes(path)
     if len(axes) != ndim:
-        raise ValueError(f"parameter {path} has {ndim} axes where the table in sharding.py says {axes}")
+        raise ValueError(f"parameter {path} has {ndim} axes, but the table in coca_jax/sharding.py lists {axes}")
     return axes
 
 
 def low_rank_axes(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The logical axes that the kernel at a path reads and those that it writes; a stack's layers are neither."""
+    """Logical input axes and output axes of the kernel at a path, without the layer axis of a stack."""
     axes = tuple(axis for axis in _table_axes(path) if axis != "layers")
     count = {"heads": 2, "patch": 3}.get(axes[0], 1)
     return axes[:count], axes[count:]
@@ -206,21 +207,21 @@ def _table_axes(path: str) -> tuple[str, ...]:
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
-    """A JAX key path as `a/b/c`."""
+    """JAX key path as `a/b/c`."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
 
 
 def tree_shardings(tree: Any, parameters: Any, mesh: Mesh) -> Any:
-    """NamedShardings for any tree that holds parameters, or arrays derived from parameters (optimiser state, EMA).
+    """NamedShardings for a tree of parameters, or of arrays derived from parameters (optimizer state, EMA).
 
-    A leaf whose path ends in a parameter's path is placed like that parameter. One that has lost axes of it
-    (Adafactor's row and column statistics) keeps the placement of the axes that it still has, found by their sizes.
-    Everything else (counters, keys) is replicated.
+    A leaf whose path ends in a parameter's path is sharded like that parameter. If it lacks some of the parameter's
+    axes (Adafactor's row and column statistics), the remaining ones, matched by size, keep their sharding. All other
+    leaves (counters, keys) are replicated.
 
     Args:
-      tree: arrays or jax.ShapeDtypeStructs.
-      parameters: the parameters (or their shapes), a nested dict.
-      mesh: of MESH_AXES.
+      tree: Arrays or jax.ShapeDtypeStructs.
+      parameters: The parameters or their shapes, a nested dict.
+      mesh: Device mesh with axes MESH_AXES.
     """
     sizes = dict(mesh.shape)
     known = {
@@ -228,7 +229,7 @@ def tree_shardings(tree: Any, parameters: Any, mesh: Mesh) -> Any:
         for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)
     }
 
-    def place(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         parts = path_of(key_path).split("/")
         for start in range(len(parts)):
             if (name := "/".join(parts[start:])) in known:
@@ -236,20 +237,20 @@ def tree_shardings(tree: Any, parameters: Any, mesh: Mesh) -> Any:
                 return NamedSharding(mesh, _fit(spec(*axes), leaf.shape, sizes))
         return NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-LARGE = 2**20  # bytes that a device may hold of a parameter which could be split further, before that is reported
+LARGE = 2**20  # bytes per device from which an incompletely sharded parameter is reported
 
 
 @dataclasses.dataclass(frozen=True)
 class Unsharded:
-    """A large parameter of which devices hold copies.
+    """A large parameter that is replicated over some devices.
 
     Attributes:
-      path, shape: of the parameter.
-      device_bytes: what each device holds of it.
-      reason: one line, with what would help.
+      path, shape: Path and shape of the parameter.
+      device_bytes: Bytes of it on each device.
+      reason: One line with the cause and a fix.
     """
 
     path: str
@@ -259,15 +260,15 @@ class Unsharded:
 
 
 def unsharded(parameters: Any, mesh: Mesh, *, large: int = LARGE) -> list[Unsharded]:
-    """The large parameters that the mesh splits less than it could, largest first.
+    """Large parameters that the mesh splits less than it could, largest first.
 
-    Either an axis that should be split does not divide evenly, so that each device along it holds all of that axis, or
-    no axis of the parameter is split along any axis of this mesh. Copies along `replica` are meant, and not reported.
+    Either an axis that should be split does not divide evenly, so that each device holds all of it, or this mesh splits
+    no axis of the parameter. Copies along `replica` are intended and not reported.
 
     Args:
-      parameters: arrays or jax.ShapeDtypeStructs, a nested dict.
-      mesh: of MESH_AXES.
-      large: bytes on a device from which a parameter is reported.
+      parameters: Arrays or jax.ShapeDtypeStructs, a nested dict.
+      mesh: Device mesh with axes MESH_AXES.
+      large: Bytes per device from which a parameter is reported.
     """
     sizes = dict(mesh.shape)
     found: list[Unsharded] = []
@@ -276,8 +277,8 @@ def unsharded(parameters: Any, mesh: Mesh, *, large: int = LARGE) -> list[Unshar
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         path = path_of(key_path)
         axes = parameter_axes(path, leaf.ndim)
-        place = NamedSharding(mesh, _fit(spec(*axes), leaf.shape, sizes))
-        held = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        sharding = NamedSharding(mesh, _fit(spec(*axes), leaf.shape, sizes))
+        held = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         if held < large:
             continue
         reasons = []
@@ -287,9 +288,9 @@ def unsharded(parameters: Any, mesh: Mesh, *, large: int = LARGE) -> list[Unshar
                 name = " x ".join(f"mesh.{name}" for name in RULES[axis])
                 fits = max(n for n in range(1, parts) if size % n == 0)
                 below, above = size // parts * parts, -(-size // parts) * parts
-                near = f"{below} or {above}" if below else f"{above}"
-                reasons.append(f"{axis}={size} is not divisible by {name}={parts}: {near} would be, or {name}={fits}")
-        if not reasons and place.is_fully_replicated:
+                fitting = f"{below} or {above}" if below else f"{above}"
+                reasons.append(f"{axis}={size} is not divisible by {name}={parts}: use {fitting}, or {name}={fits}")
+        if not reasons and sharding.is_fully_replicated:
             wanted = sorted({name for axis in axes for name in RULES[axis]})
             reasons = [f"only mesh.{' and mesh.'.join(wanted)} would split it" if wanted else "no rule splits it"]
         if reasons:
@@ -298,14 +299,14 @@ def unsharded(parameters: Any, mesh: Mesh, *, large: int = LARGE) -> list[Unshar
 
 
 def warn_unsharded(parameters: Any, mesh: Mesh) -> None:
-    """Logs what `unsharded` finds, a warning for each, from the first process."""
+    """Log a warning for each parameter that `unsharded` finds, on the first process."""
     for found in unsharded(parameters, mesh) if jax.process_index() == 0 else ():
         shape, size = "x".join(map(str, found.shape)), found.device_bytes / 2**20
         logging.warning("%s (%s) holds %.1f MiB on each device: %s", found.path, shape, size, found.reason)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis split over replica and fsdp."""
+    """Sharding of the first axis over replica and fsdp."""
     return NamedSharding(mesh, spec("batch"))
 
 
@@ -320,7 +321,7 @@ def _surviving_axes(
         return axes
     survivors: list[str | None] = []
     at = 0
-    for size in leaf_shape:  # a statistic drops axes and keeps the order of the others
+    for size in leaf_shape:  # a statistic drops axes and keeps the order of the rest
         while at < len(shape) and shape[at] != size:
             at += 1
         if at == len(shape):
@@ -331,7 +332,7 @@ def _surviving_axes(
 
 
 def _fit(partition: PartitionSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
-    """Drops the mesh axes that do not divide an array's axis: it is then replicated along them."""
+    """Drop mesh axes that do not divide an array's axis; the array is then replicated along them."""
     fitted = []
     for size, part in zip(shape, (*partition, *(None,) * (len(shape) - len(partition))), strict=True):
         names = part if isinstance(part, tuple) else (part,) if part else ()

@@ -1,4 +1,4 @@
-"""The compiled functions against one another, where texts hold the padding's id as CLIP's vocabulary has it in "!("."""
+"""The compiled functions agree on texts that contain the padding id, as "!(" does in CLIP's vocabulary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def apply() -> Apply:
     return Apply(C, sharding.make_mesh((1, 1, 1), jax.devices()[:1]), bos_id=BOS, eos_id=EOS)
 
 
-def test_the_likelihood_of_a_text_is_that_of_its_tokens_to_the_last() -> None:
+def test_the_likelihood_of_a_text_includes_its_last_token() -> None:
     params, images = tiny.parameters(C.model), tiny.batch(C.model, [9, 9])["images"]
     found = apply().log_probs(params, images, TEXTS)
     losses, counts = apply().caption_loss(params, images, TEXTS)
@@ -30,10 +30,10 @@ def test_the_likelihood_of_a_text_is_that_of_its_tokens_to_the_last() -> None:
     np.testing.assert_allclose(apply().log_probs(params, images, TEXTS[1:])[:, 0], found[:, 1], rtol=1e-5)
 
 
-def test_a_caption_goes_on_with_the_whole_prompt() -> None:
+def test_a_caption_continues_the_whole_prompt() -> None:
     params, images = tiny.parameters(C.model), tiny.batch(C.model, [9, 9])["images"]
-    made, _ = apply().captions(params, images, prompts=TEXTS[:, :6])
-    np.testing.assert_array_equal(made.tokens[0, 0, :6], TEXTS[0, :6])
-    np.testing.assert_array_equal(made.tokens[1, 0, :4], TEXTS[1, :4])
-    assert (made.log_probs[0, 0, :6] == 0).all() and (made.log_probs[1, 0, :4] == 0).all()
-    assert made.log_probs[0, 0, 6] < 0 and made.log_probs[1, 0, 4] < 0
+    captions, _ = apply().captions(params, images, prompts=TEXTS[:, :6])
+    np.testing.assert_array_equal(captions.tokens[0, 0, :6], TEXTS[0, :6])
+    np.testing.assert_array_equal(captions.tokens[1, 0, :4], TEXTS[1, :4])
+    assert (captions.log_probs[0, 0, :6] == 0).all() and (captions.log_probs[1, 0, :4] == 0).all()
+    assert captions.log_probs[0, 0, 6] < 0 and captions.log_probs[1, 0, 4] < 0

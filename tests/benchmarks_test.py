@@ -100,9 +100,9 @@ def test_the_second_objective_is_nearly_free() -> None:
 
 
 def test_relatives_have_the_same_budget(tmp_path: pathlib.Path) -> None:
-    budget = 1000 * flops.of_step(relatives.recipe("coca"))
+    budget = 1000 * flops.train_step_flops(relatives.recipe("coca"))
     for row, (_, share, begins) in relatives.ROWS.items():
-        spent = relatives.steps_of(row, 1000) * flops.of_step(relatives.recipe(row))
+        spent = relatives.steps_of(row, 1000) * flops.train_step_flops(relatives.recipe(row))
         assert spent == pytest.approx(share * budget, rel=0.005), row
         assert begins in ("", *relatives.ROWS)
     assert len(relatives.table(tmp_path, 1000)) == 2  # nothing is there: no rows
@@ -142,7 +142,7 @@ def test_the_parts_of_a_step_are_most_of_its_products() -> None:
     c = config.from_config_dict(train_step.configuration(options())[0])
     found = list(floor.parts(c))
     assert len({part.name for part in found}) == len(found)
-    assert 0.97 < sum(part.times * part.flops for part in found) / flops.of_step(c) < 1.0
+    assert 0.97 < sum(part.times * part.flops for part in found) / flops.train_step_flops(c) < 1.0
     # Each is a program that runs, and has as many FLOPs as are said of it where it is nothing but a product.
     small = config.from_config_dict(train_step.configuration(options(model="small", layers=2, batch=2))[0])
     for part in floor.parts(small):

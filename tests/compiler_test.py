@@ -116,8 +116,8 @@ _TPU_PROGRAM = """
     import jax
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
-    from coca_jax.plan.topology import read
-    topology = topologies.get_topology_desc(**read(sys.argv[1]).options())
+    from coca_jax.plan.topology import parse_topology
+    topology = topologies.get_topology_desc(**parse_topology(sys.argv[1]).options())
     mesh = topologies.make_mesh(topology, (len(topology.devices),), ("fsdp",))
     sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
     arrays = [jax.ShapeDtypeStruct((256, 256), "bfloat16", sharding=sharding)] * 2

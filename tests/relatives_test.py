@@ -54,7 +54,7 @@ def test_a_relative_has_those_of_cocas_parameters_that_its_objective_needs(name:
     assert gone >= (contrastive if name == "captioner" else captioning)
     assert not gone & (captioning if name == "captioner" else contrastive)
     assert ("logit_bias" in own) == (name == "siglip")
-    assert flops.of_step(c) < flops.of_step(coca)
+    assert flops.train_step_flops(c) < flops.train_step_flops(coca)
 
 
 def shrunk(name: str, pretrained: pathlib.Path | None, source: str, tokenizer: pathlib.Path) -> Any:

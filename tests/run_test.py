@@ -50,7 +50,7 @@ def workdir(recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Pa
 def test_a_run_says_how_fast_it_was_and_leaves_the_trace_asked_for(recipe: Any, workdir: pathlib.Path) -> None:
     last = [line for line in read_lines(workdir / "metrics.jsonl") if "loss" in line][-1]
     assert last["images_per_second_per_device"] == last["examples_per_second"] / jax.device_count() > 0
-    per_step = flops.of_step(config.from_config_dict(recipe))
+    per_step = flops.train_step_flops(config.from_config_dict(recipe))
     steps_per_second = last["examples_per_second"] / recipe.batch_size
     assert last["model_tflops_per_device"] * 1e12 * jax.device_count() == pytest.approx(per_step * steps_per_second)
     assert "mfu" not in last  # what a CPU could do is not known

@@ -15,7 +15,7 @@ from coca_jax.train import optimizer, state
 from tests import tiny
 
 
-def test_every_parameter_of_every_architecture_has_a_place() -> None:
+def test_every_parameter_of_every_architecture_has_logical_axes() -> None:
     for kind in ("parallel", "cascade", "single"):
         c = tiny.replace(
             tiny.CONFIG, model__pooler__kind=kind, model__text__cross_mlp=True, model__image__pre_norm=True
@@ -25,7 +25,7 @@ def test_every_parameter_of_every_architecture_has_a_place() -> None:
             sharding.spec(*sharding.parameter_axes(sharding.path_of(path), leaf.ndim))
 
 
-def test_an_unknown_parameter_or_axis_is_an_error() -> None:
+def test_unknown_parameters_and_axes_are_rejected() -> None:
     with pytest.raises(ValueError, match="matches no rule"):
         sharding.parameter_axes("image_encoder/surprise", 2)
     with pytest.raises(ValueError, match="has 5 axes"):
@@ -34,7 +34,7 @@ def test_an_unknown_parameter_or_axis_is_an_error() -> None:
         sharding.spec("widht")
 
 
-def test_two_axes_that_want_one_mesh_axis_collide() -> None:
+def test_two_logical_axes_of_one_mesh_axis_are_rejected() -> None:
     with pytest.raises(ValueError, match="twice"):
         sharding.spec("batch", "embed")
 
@@ -48,24 +48,24 @@ def test_shard_does_nothing_without_a_mesh() -> None:
     ("platform", "sizes", "constrained"),
     [("gpu", (1, 1, 1), True), ("gpu", (2, 4, 1), False), ("cpu", (1, 1, 1), False), ("tpu", (1, 1, 1), False)],
 )
-def test_one_gpu_holds_tokens_in_the_order_of_their_axes(platform: str, sizes: Any, constrained: bool) -> None:
+def test_only_a_single_gpu_gets_a_layout_constraint(platform: str, sizes: Any, constrained: bool) -> None:
     device = jax.sharding.AbstractDevice("", num_cores=None, platform=platform)
     mesh = jax.sharding.AbstractMesh(sizes, sharding.MESH_AXES, abstract_device=device)
     x = jax.ShapeDtypeStruct((2, 3, 4), jnp.float32)
     with jax.sharding.use_abstract_mesh(mesh):
-        found = jax.make_jaxpr(sharding.in_order)(x)
+        found = jax.make_jaxpr(sharding.keep_axis_order)(x)
     assert [equation.primitive.name for equation in found.eqns] == ["layout_constraint"] * constrained
-    assert not jax.make_jaxpr(sharding.in_order)(x).eqns  # without a mesh
+    assert not jax.make_jaxpr(sharding.keep_axis_order)(x).eqns  # without a mesh
 
 
 def test_a_mesh_must_use_every_device() -> None:
-    with pytest.raises(ValueError, match="does not use the 1 devices"):
+    with pytest.raises(ValueError, match="2 devices, but there are 1"):
         sharding.make_mesh((1, 2, 1), jax.devices()[:1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Stands in for a device of a job that is not here: what the library's layout of meshes asks a device for."""
+    """Stand-in for an absent device, with the attributes that JAX's mesh layout reads."""
 
     id: int
     process_index: int
@@ -74,42 +74,42 @@ class Chip:
     device_kind: str = "stand-in"
 
 
-def slices_of(mesh: Any, axis: str, of: str = "slice_index") -> set[tuple[int, ...]]:
-    """The slices that one goes through along an axis, from each place of the others."""
+def slices_of(mesh: Any, axis: str, attribute: str = "slice_index") -> set[tuple[int, ...]]:
+    """Slices visited along an axis, for each index of the other axes."""
     lines = np.moveaxis(mesh, sharding.MESH_AXES.index(axis), -1).reshape(
         -1, mesh.shape[sharding.MESH_AXES.index(axis)]
     )
-    return {tuple(getattr(device, of) for device in line) for line in lines}
+    return {tuple(getattr(device, attribute) for device in line) for line in lines}
 
 
 @pytest.fixture
 def plain_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Meshes of stand-ins are arrays: JAX makes a Mesh of its own devices alone."""
+    """Return meshes of stand-ins as arrays, because JAX creates a Mesh of its own devices only."""
     monkeypatch.setattr(sharding, "Mesh", lambda array, *_, **__: array)
 
 
-# Devices as they may be listed: those of a slice need not be next to each other.
+# Devices in a possible order: those of a slice need not be adjacent.
 SLICES = [Chip(id=i, process_index=i // 2, slice_index=i % 2) for i in range(16)]
 NODES = [Chip(id=i, process_index=i // 8) for i in range(16)]
 
 
-@pytest.mark.parametrize(("devices", "of"), [(SLICES, "slice_index"), (NODES, "process_index")])
-def test_an_axis_leaves_a_slice_only_where_dcn_says_so(devices: list[Any], of: str, plain_mesh: None) -> None:
+@pytest.mark.parametrize(("devices", "attribute"), [(SLICES, "slice_index"), (NODES, "process_index")])
+def test_an_axis_crosses_slices_only_where_dcn_says_so(devices: list[Any], attribute: str, plain_mesh: None) -> None:
     assert sharding.slice_count(devices) == 2
     mesh: Any = sharding.make_mesh((2, 4, 2), devices, dcn=(2, 1, 1))
     assert mesh.shape == (2, 4, 2) and len(set(mesh.flat)) == 16
-    assert slices_of(mesh, "replica", of) == {(0, 1)}
-    assert slices_of(mesh, "fsdp", of) == {(0, 0, 0, 0), (1, 1, 1, 1)}
-    assert slices_of(mesh, "tensor", of) == {(0, 0), (1, 1)}
+    assert slices_of(mesh, "replica", attribute) == {(0, 1)}
+    assert slices_of(mesh, "fsdp", attribute) == {(0, 0, 0, 0), (1, 1, 1, 1)}
+    assert slices_of(mesh, "tensor", attribute) == {(0, 0), (1, 1)}
     mesh = sharding.make_mesh((2, 4, 2), devices, dcn=(1, 2, 1))
-    assert slices_of(mesh, "replica", of) == {(0, 0), (1, 1)}
-    assert slices_of(mesh, "fsdp", of) == {(0, 0, 1, 1)}  # one step from slice to slice
-    assert slices_of(mesh, "tensor", of) == {(0, 0), (1, 1)}
+    assert slices_of(mesh, "replica", attribute) == {(0, 0), (1, 1)}
+    assert slices_of(mesh, "fsdp", attribute) == {(0, 0, 1, 1)}  # one step between slices
+    assert slices_of(mesh, "tensor", attribute) == {(0, 0), (1, 1)}
 
 
-def test_slices_that_do_not_fit_are_an_error() -> None:
+def test_dcn_that_does_not_fit_the_slices_is_rejected() -> None:
     for dcn in ((4, 1, 1), (1, 1, 2)):
-        with pytest.raises(ValueError, match=r"cannot lie over 2 slices as \("):
+        with pytest.raises(ValueError, match=r"2 slices by dcn=\("):
             sharding.make_mesh((4, 4, 1), SLICES, dcn=dcn)
 
 
@@ -133,7 +133,7 @@ assert "all-reduce" in program.as_text()
 
 
 @pytest.mark.slow
-def test_two_slices_of_tpus(run_python) -> None:
+def test_a_program_compiles_for_two_tpu_slices(run_python) -> None:
     pytest.importorskip("libtpu", reason="compiles for TPUs with libtpu: pip install libtpu")
     run_python(COMPILE_FOR_TWO_SLICES, 1, env={"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
 
@@ -146,39 +146,39 @@ def find(c: config.Config, mesh: Any, large: int = 1) -> dict[str, sharding.Unsh
     return {found.path: found for found in sharding.unsharded(state.abstract_parameters(c), mesh, large=large)}
 
 
-def test_large_parameters_that_are_not_split_are_found() -> None:
+def test_large_unsharded_parameters_are_found_with_a_fix() -> None:
     c = tiny.replace(tiny.CONFIG, model__text__vocab_size=1001, model__text__width=64, model__text__mlp_dim=64)
     embedding, head = "text_decoder/token_embedding/embedding", "text_decoder/lm_head/kernel"
-    assert find(c, mesh_of(8, 1, 1)) == {}  # copies along replica are meant
+    assert find(c, mesh_of(8, 1, 1)) == {}  # copies along replica are intended
     split = find(c, mesh_of(1, 4, 2), large=20_000)  # 1001 x 64 in float32, over fsdp: 64,064 bytes a device
     assert list(split) == [head, embedding]
     assert split[embedding].device_bytes == 1001 * 64 * 4 // 4 and split[embedding].shape == (1001, 64)
     assert split[embedding].reason == (
-        "vocab=1001 is not divisible by mesh.tensor=2: 1000 or 1002 would be, or mesh.tensor=1"
+        "vocab=1001 is not divisible by mesh.tensor=2: use 1000 or 1002, or mesh.tensor=1"
     )
-    assert find(c, mesh_of(1, 1, 14), large=20_000)[embedding].reason.endswith(
-        "994 or 1008 would be, or mesh.tensor=13"
-    )
-    # What the reason says helps.
+    assert find(c, mesh_of(1, 1, 14), large=20_000)[embedding].reason.endswith("use 994 or 1008, or mesh.tensor=13")
+    # The suggested fixes work.
     for vocabulary, mesh in ((1002, (1, 4, 2)), (1008, (1, 1, 14)), (1001, (1, 1, 13))):
         c = tiny.replace(c, model__text__vocab_size=vocabulary)
         assert embedding not in find(c, mesh_of(*mesh), large=9_000), vocabulary
-    # Without fsdp no axis of a projection is split at all.
+    # Without fsdp no axis of a projection is split.
     whole = find(c, mesh_of(1, 1, 2), large=1000)["text_projection/kernel"]
     assert whole.device_bytes == 64 * 8 * 4 and whole.reason == "only mesh.fsdp would split it"
 
 
-def test_what_is_not_split_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_unsharded_parameters_are_logged_as_warnings(caplog: pytest.LogCaptureFixture) -> None:
     parameters = {"lm_head": {"kernel": jax.ShapeDtypeStruct((1024, 5001), jnp.float32)}}
     with caplog.at_level(logging.WARNING, logger="absl"):
         sharding.warn_unsharded(parameters, mesh_of(1, 2, 2))
-        said = [record.getMessage() for record in caplog.records]
+        messages = [record.getMessage() for record in caplog.records]
         sharding.warn_unsharded(parameters, mesh_of(1, 2, 3))  # 5001 = 3 x 1667
     assert len(caplog.records) == 1
-    assert said[0].startswith("lm_head/kernel (1024x5001) holds 9.8 MiB on each device: vocab=5001 is not divisible by")
+    assert messages[0].startswith(
+        "lm_head/kernel (1024x5001) holds 9.8 MiB on each device: vocab=5001 is not divisible by"
+    )
 
 
-def check_placement() -> None:
+def check_shardings() -> None:
     """Runs with 8 devices."""
     c = tiny.replace(tiny.CONFIG, optimizer__name="adafactor", model__text__vocab_size=256, model__image__width=128)
     c = tiny.replace(c, model__image__mlp_dim=256, optimizer__ema_decay=0.9)
@@ -191,17 +191,17 @@ def check_placement() -> None:
     assert specs[f"params/{query}"] == P(None, "fsdp", "tensor", None)
     assert specs[f"ema/{query}"] == specs[f"params/{query}"]
     assert specs["params/text_decoder/token_embedding/embedding"] == P("tensor", "fsdp")
-    # Momentum lies where its parameter does; row and column statistics keep the axes they still have.
+    # Momentum is sharded like its parameter; row and column statistics keep the sharding of their remaining axes.
     states = {name: spec for name, spec in specs.items() if name.startswith("opt_state")}
     up = "image_encoder/blocks/mlp/up/kernel"  # [l, d, f] -> [l, d] and [l, f]
     kinds = {name.split("/" + up)[0].rsplit("/", 1)[1]: spec for name, spec in states.items() if name.endswith(up)}
     assert kinds["ema"] == P(None, "fsdp", "tensor")
     assert {kinds["v_row"], kinds["v_col"]} == {P(None, "fsdp"), P(None, "tensor")}
-    # Each device holds its share and not the whole.
+    # Each device holds its shard, not the whole.
     kernel = real.params["image_encoder"]["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 4 == kernel.size
 
-    # The constraint is in the lowered program: under the deprecated `with mesh:` it would be silently absent.
+    # The lowered program has the constraint; under the deprecated `with mesh:` it would be silently missing.
     def pinned(x: jax.Array) -> jax.Array:
         return sharding.shard(x * 2, "batch", "mlp")
 
@@ -210,5 +210,5 @@ def check_placement() -> None:
     assert "sharding_constraint" in text, text
 
 
-def test_placement_on_eight_devices(run_python) -> None:
-    run_python(check_placement)
+def test_state_is_sharded_by_the_tables_on_eight_devices(run_python) -> None:
+    run_python(check_shardings)

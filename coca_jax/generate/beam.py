@@ -1,6 +1,6 @@
-"""Beam search: of all continuations of a picture's best captions the best are kept.
+"""Beam search: keep the best of all continuations of an image's best captions.
 
-Axes: b pictures, k beams, t token positions, v vocabulary.
+Axes: b images, k beams, t token positions, v vocabulary.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from jaxtyping import Array, Bool, Float, Int
 from coca_jax.generate import choosing, decoder
 from coca_jax.generate.options import Captions, Options
 
-_NONE = -1e18  # the score of a place that holds nothing: below all sums of choosing.FORBIDDEN
+_EMPTY = -1e18  # score of an empty slot: below all sums of choosing.FORBIDDEN
 
 
 @flax.struct.dataclass
 class _Beams:
-    """k captions of each picture, the best first.
+    """k captions per image, best first.
 
     Attributes:
-      tokens: padded behind.
-      log_probs: under the model itself.
-      scores: growing ones: sums of the log-probabilities as the options bend them; ended ones: what they are ranked by.
+      tokens: Token ids, padded at the end.
+      log_probs: Log-probabilities under the model itself.
+      scores: Of unfinished captions, sums of adjusted log-probabilities; of finished ones, ranking scores.
     """
 
     tokens: Int[Array, "b k t"]
@@ -50,81 +50,85 @@ def decode(
     eos_id: int,
     pad_id: int,
 ) -> Captions:
-    """See `generate.generate`. Ends where no growing caption can still rank above the worst that is to be returned."""
+    """See `generate.generate`. Stops when no unfinished caption can outrank the worst one to be returned."""
     b, k, t = prompt.shape[0], options.beams, model.length
     tokens = decoder.buffer(prompt, k, t, pad_id).reshape(b, k, t)
     logits, cache = model.start(prompt[:, :prefix], image_tokens, k)
-    # All beams begin alike: but for the first they are worth nothing, so that what follows differs.
+    # All beams start equal: only the first gets a usable score, so that the beams become different.
     scores = jnp.where(jnp.arange(k)[None, :] == 0, jnp.zeros((b, 1)), choosing.FORBIDDEN * t)
     blank = jnp.zeros((b, k, t))
-    growing = _Beams(tokens, blank, scores)
-    ended = _Beams(tokens, blank, jnp.full((b, k), _NONE))
+    live = _Beams(tokens, blank, scores)
+    finished = _Beams(tokens, blank, jnp.full((b, k), _EMPTY))
 
     def rank(score: Float[Array, "b n"], end: Array) -> Float[Array, "b n"]:
-        """A score by the caption's length, if its last token stands before position `end`."""
+        """Ranking score of captions whose last token is before position `end`."""
         count = jnp.maximum(end - lengths[:, None], 1).astype(jnp.float32)
         return score / count**options.length_penalty
 
-    def unfinished(carry: Any) -> Array:
-        at, growing, ended, _, _, _ = carry
-        # Log-probabilities are negative: a caption that grows ranks at most as its score now over the best length.
+    def keep_going(carry: Any) -> Array:
+        at, live, finished, _, _, _ = carry
+        # Log-probabilities are negative, so an unfinished caption ranks at most at its current score over the best
+        # length.
         longest = t if options.length_penalty > 0 else at + 1
-        hope = rank(growing.scores[:, :1], jnp.asarray(longest))[:, 0]
-        settled = ended.scores[:, options.returns - 1] >= hope
+        upper_bound = rank(live.scores[:, :1], jnp.asarray(longest))[:, 0]
+        settled = finished.scores[:, options.returns - 1] >= upper_bound
         return (at < t) & ~jnp.all(settled & (at >= lengths))
 
-    def choose(at: Array, growing: _Beams, ended: _Beams, logits: Array) -> tuple[Any, ...]:
-        """All beams one token longer: those that grow and have ended, the tokens, and the rows that each came from."""
+    def choose(at: Array, live: _Beams, finished: _Beams, logits: Array) -> tuple[Any, ...]:
+        """Extend all beams by one token.
+
+        Returns:
+          The unfinished and the finished beams, the new tokens, and the row that each beam came from.
+        """
         own = jax.nn.log_softmax(logits, axis=1)
-        flat = growing.tokens.reshape(b * k, t)
+        flat = live.tokens.reshape(b * k, t)
         adjusted = choosing.adjust(own, flat, at, options, never=never, eos_id=eos_id)
-        forced, is_forced = decoder.given(flat, jnp.repeat(lengths, k), at)
-        only = jnp.arange(own.shape[1])[None, :] == forced[:, None]
-        adjusted = jnp.where(is_forced[:, None], jnp.where(only, 0.0, choosing.FORBIDDEN), adjusted)
+        forced, is_forced = decoder.prompt_tokens_at(flat, jnp.repeat(lengths, k), at)
+        forced_only = jnp.arange(own.shape[1])[None, :] == forced[:, None]
+        adjusted = jnp.where(is_forced[:, None], jnp.where(forced_only, 0.0, choosing.FORBIDDEN), adjusted)
         v = own.shape[1]
-        grown = (growing.scores[:, :, None] + adjusted.reshape(b, k, v)).reshape(b, k * v)
-        # Twice as many as beams: even if k of them end, k go on.
-        top, index = jax.lax.top_k(grown, min(2 * k, k * v))
+        total = (live.scores[:, :, None] + adjusted.reshape(b, k, v)).reshape(b, k * v)
+        # 2k candidates: even if k of them end, k remain.
+        top, index = jax.lax.top_k(total, min(2 * k, k * v))
         rows, parent, new = jnp.arange(b)[:, None], index // v, (index % v).astype(jnp.int32)
         is_forced = is_forced.reshape(b, k)[:, :1]
         gained = jnp.where(is_forced, 0.0, own.reshape(b, k * v)[rows, index])
         candidates = _Beams(
-            jax.lax.dynamic_update_slice_in_dim(growing.tokens[rows, parent], new[:, :, None], at, axis=2),
-            jax.lax.dynamic_update_slice_in_dim(growing.log_probs[rows, parent], gained[:, :, None], at, axis=2),
+            jax.lax.dynamic_update_slice_in_dim(live.tokens[rows, parent], new[:, :, None], at, axis=2),
+            jax.lax.dynamic_update_slice_in_dim(live.log_probs[rows, parent], gained[:, :, None], at, axis=2),
             top,
         )
         ends: Bool[Array, "b n"] = (new == eos_id) & ~is_forced
-        whole = ends & (top > choosing.FORBIDDEN / 2)  # a forbidden end is none
-        ended = _join(ended, candidates, jnp.where(whole, rank(top, at + 1), _NONE), k)
-        growing, chosen = candidates.best(jnp.where(ends, _NONE, top), k)
-        came_from = (jnp.take_along_axis(parent, chosen, axis=1) + jnp.arange(b)[:, None] * k).reshape(-1)
+        valid = ends & (top > choosing.FORBIDDEN / 2)  # an eos that was forbidden does not count
+        finished = _join(finished, candidates, jnp.where(valid, rank(top, at + 1), _EMPTY), k)
+        live, chosen = candidates.best(jnp.where(ends, _EMPTY, top), k)
+        parents = (jnp.take_along_axis(parent, chosen, axis=1) + jnp.arange(b)[:, None] * k).reshape(-1)
         last = jnp.take_along_axis(new, chosen, axis=1).reshape(-1)
-        return growing, ended, last, came_from
+        return live, finished, last, parents
 
-    # The model steps first: after the last token there is nothing more to ask it.
+    # Step the model first: no step is needed after the last token.
     def step(carry: Any) -> Any:
-        at, growing, ended, last, came_from, cache = carry
-        logits, cache = model.step(last, decoder.take(cache, came_from))
-        return at + 1, *choose(at, growing, ended, logits), cache
+        at, live, finished, last, parents, cache = carry
+        logits, cache = model.step(last, decoder.take(cache, parents))
+        return at + 1, *choose(at, live, finished, logits), cache
 
     at = jnp.int32(prefix)
-    start = (at + 1, *choose(at, growing, ended, logits), cache)
-    at, growing, ended, _, _, _ = jax.lax.while_loop(unfinished, step, start)
-    # A sum with forbidden tokens in it, or of the copies that all beams but one began as, is of a place that no caption
-    # was left for.
-    is_caption = growing.scores > choosing.FORBIDDEN / 2
-    # Captions that were cut come behind all that ended, in the order that they have.
-    order = jnp.broadcast_to(_NONE * (0.25 + 0.25 * jnp.arange(k) / k)[None, :], (b, k))
-    best = _join(ended, growing, order, options.returns)
-    cut = jnp.where(is_caption, rank(growing.scores, at), -jnp.inf)
-    scores = jnp.concatenate([ended.scores, cut], axis=1)
-    place = jnp.concatenate([ended.scores, order], axis=1)
-    index = jax.lax.top_k(place, options.returns)[1]
+    start = (at + 1, *choose(at, live, finished, logits), cache)
+    at, live, finished, _, _, _ = jax.lax.while_loop(keep_going, step, start)
+    # Scores that contain forbidden tokens, or come from the initial copies of the first beam, are empty slots.
+    is_caption = live.scores > choosing.FORBIDDEN / 2
+    # Truncated captions follow all finished ones, in their own order.
+    order = jnp.broadcast_to(_EMPTY * (0.25 + 0.25 * jnp.arange(k) / k)[None, :], (b, k))
+    best = _join(finished, live, order, options.returns)
+    truncated = jnp.where(is_caption, rank(live.scores, at), -jnp.inf)
+    scores = jnp.concatenate([finished.scores, truncated], axis=1)
+    combined = jnp.concatenate([finished.scores, order], axis=1)
+    index = jax.lax.top_k(combined, options.returns)[1]
     return Captions(best.tokens, best.log_probs, jnp.take_along_axis(scores, index, axis=1))
 
 
 def _join(held: _Beams, more: _Beams, scores: Float[Array, "b n"], count: int) -> _Beams:
-    """The best of what is held and of more, which has these scores."""
+    """The best captions of `held` and of `more`, which has the given scores."""
     both = _Beams(
         jnp.concatenate([held.tokens, more.tokens], axis=1),
         jnp.concatenate([held.log_probs, more.log_probs], axis=1),

@@ -1,6 +1,6 @@
-"""Which token comes next: what is forbidden, what is made unlikelier, and drawing.
+"""Next-token selection: forbidden tokens, penalties and sampling.
 
-Axes: n captions in the making, t token positions, v vocabulary.
+Axes: n captions being decoded, t token positions, v vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from coca_jax.generate.options import Options
 
-FORBIDDEN = -1e9  # finite: sums of it stay comparable, and no difference of two infinities becomes a NaN
+FORBIDDEN = -1e9  # finite, so that sums stay comparable and no difference becomes NaN
 
 
 def adjust(
@@ -23,15 +23,15 @@ def adjust(
     never: tuple[int, ...],
     eos_id: int,
 ) -> Float[Array, "n v"]:
-    """Logits (or log-probabilities) of the token at position `at`, as the options bend them.
+    """Apply the options' penalties to the logits (or log-probabilities) of the token at position `at`.
 
     Args:
-      logits: float32.
-      tokens: what stands before `at`; what stands there and behind is not read.
-      at: position.
-      options: repetition_penalty, no_repeat_ngram, min_length.
-      never: ids that are no part of a caption (padding, bos).
-      eos_id: of the end.
+      logits: float32 logits.
+      tokens: Captions so far; entries at `at` and after it are ignored.
+      at: Position.
+      options: repetition_penalty, no_repeat_ngram and min_length are used.
+      never: Ids that a caption never contains (padding, bos).
+      eos_id: Id of the end token.
     """
     rows = jnp.arange(tokens.shape[0])[:, None]
     before = jnp.arange(tokens.shape[1])[None, :] < at
@@ -49,35 +49,36 @@ def adjust(
 
 
 def _would_repeat(tokens: Int[Array, "n t"], at: Int[Array, ""], size: int, vocab: int) -> Bool[Array, "n v"]:
-    """The tokens that would end a run of `size` tokens that stands before `at` already."""
+    """Tokens that would complete an n-gram of `size` tokens that already occurs before `at`."""
     n, t = tokens.shape
     rows = jnp.arange(n)[:, None]
     starts = jnp.arange(t)
-    # The last size - 1 tokens against those from every start; what follows such a run is what must not come again.
+    # Compare the last size - 1 tokens with those at every start; the token after a match would repeat the n-gram.
     same = jnp.ones((n, t), bool)
     for offset in range(size - 1):
         last = jax.lax.dynamic_index_in_dim(tokens, jnp.maximum(at - (size - 1) + offset, 0), 1)
         same &= jnp.roll(tokens, -offset, axis=1) == last
-    whole = (starts + size - 1 < at)[None, :]
+    complete = (starts + size - 1 < at)[None, :]
     following = jnp.roll(tokens, -(size - 1), axis=1)
-    return jnp.zeros((n, vocab), bool).at[rows, following].max(same & whole & (at >= size))
+    return jnp.zeros((n, vocab), bool).at[rows, following].max(same & complete & (at >= size))
 
 
 def draw(logits: Float[Array, "n v"], keys: Key[Array, " n"], options: Options) -> Int[Array, " n"]:
-    """A token of each row, by temperature, top_k and top_p, each row by its own key."""
-    # From the likeliest down, which is 0 at any temperature: near 0 what may come would otherwise fall below FORBIDDEN,
-    # and at a very high one what is forbidden would rise. float32 cannot divide by less than its tiniest number.
+    """Sample one token per row by temperature, top_k and top_p, each row with its own key."""
+    # Subtract the maximum first, which stays 0 at any temperature: low temperatures would otherwise push allowed tokens
+    # below FORBIDDEN, and very high ones raise forbidden tokens. float32 cannot divide by less than its smallest normal
+    # number.
     below = logits - jnp.max(logits, axis=1, keepdims=True)
     temperature = max(options.temperature, float(jnp.finfo(jnp.float32).tiny))
     logits = jnp.where(logits > FORBIDDEN / 2, below / temperature, FORBIDDEN)
     if options.top_k and options.top_k < logits.shape[1]:
-        least = jax.lax.top_k(logits, options.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, FORBIDDEN, logits)
+        threshold = jax.lax.top_k(logits, options.top_k)[0][:, -1:]
+        logits = jnp.where(logits < threshold, FORBIDDEN, logits)
     if options.top_p < 1.0:
         ordered = -jnp.sort(-logits, axis=1)
         probability = jax.nn.softmax(ordered, axis=1)
-        # A token is in while those before it do not make up top_p: the first always is.
+        # Keep a token while the probability before it is below top_p, so the first is always kept.
         kept = jnp.cumsum(probability, axis=1) - probability < options.top_p
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=1, keepdims=True)
-        logits = jnp.where(logits < least, FORBIDDEN, logits)
+        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=1, keepdims=True)
+        logits = jnp.where(logits < threshold, FORBIDDEN, logits)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -1,6 +1,6 @@
-"""The model as decoding sees it: prompts in, one token at a time out, the cache carried.
+"""The model as decoding uses it: prompts in, then one token at a time, with an explicit cache.
 
-Axes: b pictures, r captions of each, n = b r rows (a picture's captions follow one another), t token positions.
+Axes: b images, r captions per image, n = b r rows (an image's captions are consecutive), t token positions.
 """
 
 from __future__ import annotations
@@ -19,67 +19,69 @@ from coca_jax.model.text_decoder import DecoderCache
 
 
 class Decoder:
-    """Starts with the part of the prompt that every row has, then goes on by one token.
+    """Decodes the common prefix of all prompts in one pass, then one token per step.
 
-    The start is made of the model's stacked layers, all that comes after of layers that are held `apart`: the decoder's
-    parameters lie in memory twice meanwhile, and are read once for each token.
+    The prefix runs through the model's stacked layers; later steps use layers that are unstacked once. The decoder's
+    parameters are in memory twice meanwhile, but are read only once per token.
 
     Attributes:
-      length: positions of the cache.
+      length: Capacity of the cache in tokens.
     """
 
     def __init__(self, model: config.Model, params: Any, length: int):
-        """Of a model's configuration and parameters; to be made outside the loop over tokens."""
+        """Unstack the parameters of a model; call it outside the loop over tokens."""
         self.length = length
         self._stacked = model, params
         text, halves = model.text, dict(params["text_decoder"])
         for name, depth in (("unimodal", text.n_uni), ("multimodal", text.n_multi)):
-            blocks = stacks.apart(halves[name]["blocks"], depth)
+            blocks = stacks.unstack(halves[name]["blocks"], depth)
             halves[name] = {"blocks": {str(layer): params for layer, params in enumerate(blocks)}}
         model = dataclasses.replace(model, text=dataclasses.replace(text, scan_unroll=0))
-        self._apart = model, {**params, "text_decoder": halves}
+        self._unstacked = model, {**params, "text_decoder": halves}
 
     def start(
         self, prompt: Int[Array, "b p"], image_tokens: Float[Array, "b q d"], rows: int
     ) -> tuple[Float[Array, "n v"], DecoderCache]:
-        """Logits after the prompt for `rows` captions of each picture, whose image keys and values are held once."""
+        """Logits after the prompt for `rows` captions per image, whose image keys and values are stored once."""
         model, params = self._stacked
-        made: Any = CoCa(model).apply({"params": params}, prompt, image_tokens, self.length, method="prefill")
-        logits, cache = made
+        outputs: Any = CoCa(model).apply({"params": params}, prompt, image_tokens, self.length, method="prefill")
+        logits, cache = outputs
         text = model.text
         cache = dataclasses.replace(
             cache,
-            unimodal=stacks.apart(cache.unimodal, text.n_uni),
-            multimodal=stacks.apart(cache.multimodal, text.n_multi),
+            unimodal=stacks.unstack(cache.unimodal, text.n_uni),
+            multimodal=stacks.unstack(cache.multimodal, text.n_multi),
         )
-        return jnp.repeat(logits[:, -1], rows, axis=0), _own(cache, lambda x: jnp.repeat(x, rows, axis=0))
+        return jnp.repeat(logits[:, -1], rows, axis=0), _map_own(cache, lambda x: jnp.repeat(x, rows, axis=0))
 
     def step(self, tokens: Int[Array, " n"], cache: DecoderCache) -> tuple[Float[Array, "n v"], DecoderCache]:
-        """Logits after one more token of each row."""
-        model, params = self._apart
-        made: Any = CoCa(model).apply({"params": params}, tokens[:, None], cache, method="decode_step")
-        logits, cache = made
+        """Logits after one more token per row."""
+        model, params = self._unstacked
+        outputs: Any = CoCa(model).apply({"params": params}, tokens[:, None], cache, method="decode_step")
+        logits, cache = outputs
         return logits[:, 0], cache
 
 
 def take(cache: DecoderCache, rows: Int[Array, " n"]) -> DecoderCache:
-    """The cache of other rows; those of the image stay, so a row must come from the same picture."""
-    return _own(cache, lambda x: jnp.take(x, rows, axis=0))
+    """Select cache rows. The image part is kept, so a row must be replaced by one of the same image."""
+    return _map_own(cache, lambda x: jnp.take(x, rows, axis=0))
 
 
-def _own(cache: DecoderCache, change: Any) -> DecoderCache:
-    def of(half: Any) -> Any:
+def _map_own(cache: DecoderCache, change: Any) -> DecoderCache:
+    def map_half(half: Any) -> Any:
         return tuple(dataclasses.replace(c, keys=change(c.keys), values=change(c.values)) for c in half)
 
-    return dataclasses.replace(cache, unimodal=of(cache.unimodal), multimodal=of(cache.multimodal))
+    return dataclasses.replace(cache, unimodal=map_half(cache.unimodal), multimodal=map_half(cache.multimodal))
 
 
 def buffer(prompt: Int[Array, "b p"], rows: int, length: int, pad_id: int) -> Int[Array, "n t"]:
-    """The prompt `rows` times, padded to the whole length."""
+    """The prompt repeated `rows` times, padded to the full length."""
     padded = jnp.pad(prompt, ((0, 0), (0, length - prompt.shape[1])), constant_values=pad_id)
     return jnp.repeat(padded, rows, axis=0)
 
 
-def given(tokens: Int[Array, "n t"], lengths: Int[Array, " n"], at: Int[Array, ""]) -> tuple[Array, Bool[Array, " n"]]:
-    """The prompt's token at a position, and in which rows the prompt reaches so far."""
+def prompt_tokens_at(
+    tokens: Int[Array, "n t"], lengths: Int[Array, " n"], at: Int[Array, ""]
+) -> tuple[Array, Bool[Array, " n"]]:
+    """Prompt tokens at a position, and which rows' prompts reach that far."""
     return jax.lax.dynamic_index_in_dim(tokens, at, 1, keepdims=False), at < lengths

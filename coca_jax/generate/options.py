@@ -1,4 +1,4 @@
-"""What may be asked of decoding, and what it gives."""
+"""Decoding options and results."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from jaxtyping import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How captions are decoded. Hashable: one compiled program for each.
+    """Decoding options. Hashable; each distinct value compiles one program.
 
     Attributes:
-      method: greedy (the likeliest next token) | sample | beam.
-      returns: captions for each picture. Greedy has one; of beam search at most `beams`.
-      length: tokens of a caption at most, bos, prompt and eos included; 0: as many as the model has positions.
-      min_length: tokens of a caption at least, counted alike: eos comes no earlier.
-      temperature: of sampling; logits are divided by it.
-      top_k: sampling is among so many of the likeliest tokens; 0: among all.
-      top_p: sampling is among the fewest likeliest tokens that together have this probability (Holtzman et al. 2020,
-        arXiv 1904.09751); 1: among all.
-      beams: of beam search.
-      length_penalty: beam search ranks by log-probability / length ** this, length counting what came after the prompt;
-        0: by log-probability alone, which favours short captions (Wu et al. 2016, arXiv 1609.08144, without its 5).
-      repetition_penalty: above 1, what the caption holds already becomes unlikelier: a positive logit is divided by it,
+      method: greedy, sample or beam.
+      returns: Captions per image: 1 for greedy, at most `beams` for beam search.
+      length: Maximum tokens of a caption, including bos, prompt and eos; 0: as many as the model has positions.
+      min_length: Minimum tokens of a caption, counted in the same way; eos is forbidden earlier.
+      temperature: Divisor of the logits in sampling.
+      top_k: Sample among this many of the likeliest tokens; 0: among all.
+      top_p: Sample among the fewest likeliest tokens with this total probability (Holtzman et al. 2020, arXiv
+        1904.09751); 1: among all.
+      beams: Number of beams in beam search.
+      length_penalty: Beam search ranks by log-probability / length ** length_penalty, with length counted after the
+        prompt. 0 ranks by log-probability alone, which favors short captions (Wu et al. 2016, arXiv 1609.08144, without
+        its constant 5).
+      repetition_penalty: Above 1, tokens already in the caption become less likely: a positive logit is divided by it,
         a negative one multiplied (Keskar et al. 2019, arXiv 1909.05858, section 4.1).
-      no_repeat_ngram: no run of so many tokens comes twice in a caption; 0: any may.
+      no_repeat_ngram: No n-gram of this size occurs twice in a caption; 0: off.
     """
 
     method: str = "greedy"
@@ -42,40 +43,40 @@ class Options:
     no_repeat_ngram: int = 0
 
     def check(self, positions: int) -> None:
-        """Raises ValueError for what cannot be decoded by a model of so many positions."""
-        wrong = None
+        """Raise ValueError for options that a model with this many positions cannot decode with."""
+        message = None
         if self.method not in ("greedy", "sample", "beam"):
-            wrong = f"method={self.method!r}: choose greedy, sample or beam"
+            message = f"method={self.method!r} is unknown: use greedy, sample or beam"
         elif self.returns < 1 or (self.method == "greedy" and self.returns > 1):
-            wrong = f"returns={self.returns} with method={self.method!r}: greedy gives one; sample or beam more"
+            message = f"returns={self.returns} with method={self.method!r}: greedy gives one; use sample or beam"
         elif self.method == "beam" and not self.returns <= self.beams:
-            wrong = f"beams={self.beams} must be returns={self.returns} or more"
+            message = f"beams={self.beams} must be at least returns={self.returns}"
         elif not 0 <= self.length <= positions or self.length == 1:
-            wrong = f"length={self.length} must lie in 2..{positions}, the model's positions (0: all of them)"
+            message = f"length={self.length} must be 2 to {positions}, the model's positions, or 0 for all of them"
         elif not 0 <= self.min_length <= (self.length or positions):
-            wrong = f"min_length={self.min_length} must lie in 0..{self.length or positions}, the length"
+            message = f"min_length={self.min_length} must be 0 to {self.length or positions}, the length"
         elif not self.temperature > 0:
-            wrong = f"temperature={self.temperature} must be more than 0; method='greedy' is its limit"
+            message = f"temperature={self.temperature} must be above 0; use method='greedy' for its limit"
         elif self.top_k < 0 or self.no_repeat_ngram < 0:
-            wrong = f"top_k={self.top_k} and no_repeat_ngram={self.no_repeat_ngram} must be 0 (off) or more"
+            message = f"top_k={self.top_k} and no_repeat_ngram={self.no_repeat_ngram} must be 0 (off) or above"
         elif not 0 < self.top_p <= 1:
-            wrong = f"top_p={self.top_p} must be more than 0 and at most 1 (off)"
+            message = f"top_p={self.top_p} must be above 0 and at most 1 (off)"
         elif not self.repetition_penalty > 0:
-            wrong = f"repetition_penalty={self.repetition_penalty} must be more than 0; 1 is off"
-        if wrong:
-            raise ValueError(wrong)
+            message = f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is off"
+        if message:
+            raise ValueError(message)
 
 
 @flax.struct.dataclass
 class Captions:
-    """Decoded captions, `r` for each picture, the best first where they are ranked.
+    """Decoded captions, `r` per image; ranked ones come best first.
 
     Attributes:
-      tokens: bos, prompt, caption, eos, padding. One that was cut at the length has no eos.
-      log_probs: log P(token | picture, tokens before) under the model itself, whatever options bent the choice; 0 for
+      tokens: bos, prompt, caption, eos, padding. A caption truncated at the length has no eos.
+      log_probs: log P(token | image, previous tokens) under the model itself, without the options' adjustments; 0 for
         prompt and padding.
-      scores: what they are ranked by. Beam search: the sum of the (penalised) log-probabilities / length ** penalty;
-        else the sum of `log_probs`. -inf: there are fewer captions that the options allow, and this is none.
+      scores: Ranking scores. Beam search: sum of the (adjusted) log-probabilities / length ** length_penalty; otherwise
+        the sum of `log_probs`. -inf marks an empty slot, where the options allow fewer captions.
     """
 
     tokens: Int[Array, "b r t"]

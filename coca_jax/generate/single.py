@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling: every caption grows on its own."""
+"""Greedy decoding and sampling, where captions are decoded independently."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def decode(
     eos_id: int,
     pad_id: int,
 ) -> Captions:
-    """See `generate.generate`: `prompt` here is padded with anything, `lengths` says how much of it counts."""
+    """See `generate.generate`. `prompt` may hold anything beyond `lengths`."""
     b, r, t = prompt.shape[0], options.returns, model.length
     tokens = decoder.buffer(prompt, r, t, pad_id)
     lengths = jnp.repeat(lengths, r)
@@ -34,25 +34,25 @@ def decode(
         keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(r)))(keys).reshape(-1)
 
     def choose(at: Array, tokens: Array, log_probs: Array, logits: Array, done: Array) -> tuple[Array, ...]:
-        """Writes the tokens of position `at`, and returns them too."""
+        """Write the tokens of position `at` and return them too."""
         adjusted = choosing.adjust(logits, tokens, at, options, never=never, eos_id=eos_id)
         if keys is None:
             new = jnp.argmax(adjusted, axis=1).astype(jnp.int32)
         else:
             new = choosing.draw(adjusted, jax.vmap(lambda k: jax.random.fold_in(k, at))(keys), options)
         own = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), new[:, None], axis=1)[:, 0]
-        forced, is_forced = decoder.given(tokens, lengths, at)
+        forced, is_forced = decoder.prompt_tokens_at(tokens, lengths, at)
         new = jnp.where(is_forced, forced, jnp.where(done, pad_id, new))
         own = jnp.where(is_forced | done, 0.0, own)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, new[:, None], at, axis=1)
         log_probs = jax.lax.dynamic_update_slice_in_dim(log_probs, own[:, None], at, axis=1)
         return tokens, log_probs, new, done | (~is_forced & (new == eos_id))
 
-    def unfinished(carry: Any) -> Array:
+    def keep_going(carry: Any) -> Array:
         at, _, _, _, done, _ = carry
         return (at < t) & ~jnp.all(done)
 
-    # The model steps first: after the last token there is nothing more to ask it.
+    # Step the model first: no step is needed after the last token.
     def step(carry: Any) -> Any:
         at, tokens, log_probs, new, done, cache = carry
         logits, cache = model.step(new, cache)
@@ -60,6 +60,6 @@ def decode(
 
     at = jnp.int32(prefix)
     first = choose(at, tokens, jnp.zeros((b * r, t)), logits, jnp.zeros((b * r,), bool))
-    _, tokens, log_probs, _, _, _ = jax.lax.while_loop(unfinished, step, (at + 1, *first, cache))
+    _, tokens, log_probs, _, _, _ = jax.lax.while_loop(keep_going, step, (at + 1, *first, cache))
     log_probs = log_probs.reshape(b, r, t)
     return Captions(tokens.reshape(b, r, t), log_probs, log_probs.sum(axis=2))

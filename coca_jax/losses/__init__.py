@@ -1,7 +1,7 @@
-"""The two objectives (CoCa paper, equations 1, 2 and 4), as means over the GLOBAL batch whatever the mesh.
+"""The training objectives (CoCa paper, equations 1, 2 and 4) as means over the GLOBAL batch, whatever the mesh.
 
-`pairs` is the contrastive loss and `tiles` its form for large batches, `tokens` the captioning loss; `classes` is that
-of a task. Everything here is float32. Axes: b batch, t text tokens, d width, e the contrastive space, v vocabulary.
+`pairs` is the contrastive loss, `tiles` its form for large batches, `tokens` the captioning loss, `classes` the
+classification loss. All losses are float32. Axes: b batch, t text tokens, d width, e contrastive space, v vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from coca_jax import config
 from coca_jax.losses.classes import classification
-from coca_jax.losses.pairs import Metrics, contrastive, of_similarities
+from coca_jax.losses.pairs import Metrics, contrastive, from_similarities
 from coca_jax.losses.tokens import captioning, targets, token_losses
 from coca_jax.model.coca import Output
 
@@ -27,20 +27,20 @@ def total(
     pad_id: int,
     labels: Int[Array, " b"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """`lambda_con * contrastive + lambda_cap * captioning` (CoCa equation 4), `+ lambda_cls * classification`.
+    """`lambda_con * contrastive + lambda_cap * captioning` (CoCa equation 4) `+ lambda_cls * classification`.
 
-    In stage one of a bridge, whose similarities are its own, `+ lambda_match * matching`.
+    A bridge in stage one has similarities of its own and adds `lambda_match * matching`.
 
     Args:
-      output: of CoCa.forward with the parts whose weight is not 0.
-      head: the output softmax's kernel; may be None where lambda_cap is 0.
-      tokens: the captions.
-      loss: weights, kind of the contrastive loss, sizes of tiles and chunks.
-      pad_id: of padding.
-      labels: classes; may be None where lambda_cls is 0.
+      output: Output of CoCa.forward, with the parts whose weight is not 0.
+      head: Kernel of the output softmax; may be None if lambda_cap is 0.
+      tokens: Token ids of the captions.
+      loss: Loss weights, kind of contrastive loss, tile and chunk sizes.
+      pad_id: Id of the padding token.
+      labels: Class labels; may be None if lambda_cls is 0.
 
     Returns:
-      The loss, and its parts.
+      The loss, and its parts as metrics.
     """
     value = jnp.zeros((), jnp.float32)
     metrics: Metrics = {}
@@ -48,7 +48,7 @@ def total(
         assert output.logit_scale is not None
         scale, bias = output.logit_scale, output.logit_bias
         if output.similarities is not None:
-            part, metrics = of_similarities(output.similarities, scale, bias, kind=loss.contrastive)
+            part, metrics = from_similarities(output.similarities, scale, bias, kind=loss.contrastive)
         else:
             image, text = output.image_features, output.text_features
             assert image is not None and text is not None
@@ -64,11 +64,11 @@ def total(
         metrics["loss/captioning"] = part
     if loss.lambda_cls:
         assert output.class_logits is not None and labels is not None
-        part, of_classes = classification(output.class_logits, labels, smoothing=loss.label_smoothing)
-        value, metrics = value + loss.lambda_cls * part, metrics | of_classes
+        part, class_metrics = classification(output.class_logits, labels, smoothing=loss.label_smoothing)
+        value, metrics = value + loss.lambda_cls * part, metrics | class_metrics
     if loss.lambda_match:
         assert output.match_logits is not None and output.matches is not None
-        part, found = classification(output.match_logits, output.matches)
+        part, match_metrics = classification(output.match_logits, output.matches)
         value = value + loss.lambda_match * part
-        metrics |= {"loss/matching": part, "accuracy/matching": found["accuracy"]}
+        metrics |= {"loss/matching": part, "accuracy/matching": match_metrics["accuracy"]}
     return value, metrics | {"loss": value}

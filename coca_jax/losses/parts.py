@@ -1,4 +1,4 @@
-"""How a large computation is done in parts: in slices one after the other, and each device its own shards."""
+"""Split a large computation: into slices that run in sequence, and into each device's shards."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ Axes = tuple[str | None, ...]
 
 
 def scan_in_slices(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, size: int) -> tuple[Any, Any]:
-    """`jax.lax.scan` whose steps take `size` rows of xs and return as many; the last step takes what is left.
+    """`jax.lax.scan` over slices of `size` rows; the last step takes the remaining rows.
 
     Args:
-      body: `(carry, rows of xs) -> (carry, rows of ys)`; called with two numbers of rows where size does not divide.
-      carry: initial.
-      xs: arrays with the same first axis.
-      size: 1 or more.
+      body: `(carry, rows of xs) -> (carry, rows of ys)`; compiled for two row counts if `size` does not divide the
+        rows.
+      carry: Initial carry.
+      xs: Arrays with equal first axis.
+      size: Rows per slice, 1 or more.
     """
     rows = len(jax.tree.leaves(xs)[0])
     if rows <= size:
@@ -37,7 +38,7 @@ def scan_in_slices(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: 
 
 
 def mesh_axes(axis: str) -> tuple[tuple[str, ...], int]:
-    """Axes of the mesh that is set which split a logical axis, and how many shards that makes; () and 1 without."""
+    """Mesh axes that split a logical axis, and the number of shards; () and 1 if no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return (), 1
@@ -45,14 +46,14 @@ def mesh_axes(axis: str) -> tuple[tuple[str, ...], int]:
 
 
 def per_device(function: Callable[..., Any], inputs: tuple[Axes, ...], outputs: tuple[Axes, ...]) -> Callable[..., Any]:
-    """A function of each device's shards, as one of global arrays; inside, collectives may name the mesh's axes.
+    """Turn a function of each device's shards into one of global arrays; collectives inside may name mesh axes.
 
-    It is for forward and backward passes that are both written out: nothing differentiates through it.
+    For hand-written forward and backward passes: the result is not differentiable.
 
     Args:
-      function: of arrays, returns a tuple of arrays or trees of them.
-      inputs, outputs: logical axes of each; () is whole on every device.
+      function: Takes arrays and returns a tuple of arrays or trees of arrays.
+      inputs, outputs: Logical axes of each array; () means replicated.
     """
     in_specs, out_specs = (tuple(spec(*axes) for axes in arrays) for arrays in (inputs, outputs))
-    # check_vma guards automatic differentiation, and there is none.
+    # check_vma only matters for automatic differentiation.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -1,1 +1,1 @@
-"""What is computed: the CoCa model. Knows nothing of data, optimisers or files."""
+"""The CoCa model: modules and parameters. Independent of data, optimizers and files."""

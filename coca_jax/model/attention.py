@@ -1,9 +1,9 @@
-"""Softmax attention by the configured implementation: XLA's, cuDNN's kernel (GPU), or a kernel of our own (TPU).
+"""Softmax attention by the configured implementation: XLA, the cuDNN kernel (GPU) or our Pallas kernel (TPU).
 
-One function of queries, keys and values, `attend`; the projections around it are in layers.py. All implementations
-agree to rounding. The kernels never hold the weights `[b, h, s, m]`: `weights` computes them.
+`attend` takes queries, keys and values; the projections around it are in layers.py. All implementations agree up to
+rounding. The kernels never materialize the weights `[b, h, s, m]`; `weights` computes them for inspection.
 
-Axes: b batch, s queries of an attention (tokens), m its keys, h heads, k head width.
+Axes: b batch, s query positions, m key positions, h heads, k head width.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float
 from coca_jax.model import heads_first
 from coca_jax.sharding import per_shard
 
-Mask = Bool[Array, "#b 1 s m"]  # True where query s may see key m
-KERNEL_OUTPUT = "attention_output"  # name of the TPU kernel's result
+Mask = Bool[Array, "#b 1 s m"]  # True where query s may attend to key m
+KERNEL_OUTPUT = "attention_output"  # checkpoint name of the TPU kernel's result
 _AXES = ("batch", None, "heads", None)
 
 
@@ -33,17 +33,20 @@ def attend(
     implementation: str = "xla",
     recompute: bool = False,
 ) -> Float[Array, "b s h k"]:
-    """`softmax(query keys^T / sqrt(k)) values` for each head, softmax in float32 (Vaswani et al. 2017, section 3.2.1).
+    """`softmax(query keys^T / sqrt(k)) values` per head, with a float32 softmax (Vaswani et al. 2017, section 3.2.1).
 
     Args:
-      query, keys, values: of one dtype, which the result has too.
-      mask: None with is_causal=False: every query sees every key.
-      is_causal: a query sees its own position and those before; s = m.
-      implementation: xla | cudnn | flash. A kernel runs on each device for its shards of the batch and heads.
-      recompute: XLA's backward pass computes the weights again instead of keeping them, as the kernels always do.
+      query, keys, values: Arrays of one dtype, which is also the dtype of the result.
+      mask: True where a query may attend to a key. None with is_causal=False lets every query attend to every key.
+      is_causal: Each query attends to its own and earlier positions; requires s = m.
+      implementation: xla, cudnn or flash. A kernel runs on each device for its shards of the batch and the heads.
+      recompute: Recompute the weights in XLA's backward pass instead of storing them; the kernels always do.
+
+    Returns:
+      The attention output, `[b, s, h, k]`.
 
     Raises:
-      ValueError: flash is given more keys than its kernel takes.
+      ValueError: flash is given more keys than its kernel supports.
     """
     if implementation == "xla":
         core = functools.partial(_xla, is_causal=is_causal)
@@ -55,7 +58,7 @@ def attend(
 
 
 def weights(query: Float[Array, "b s h k"], keys: Float[Array, "b m h k"]) -> Float[Array, "b h s m"]:
-    """What `attend` weighs the values by where there is no mask, float32: for looking at, not for training."""
+    """Attention weights of `attend` without a mask, in float32; for inspection, not for training."""
     scores = jnp.einsum("bshk,bmhk->bhsm", query, keys, preferred_element_type=jnp.float32)
     return jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
 
@@ -82,15 +85,15 @@ def _cudnn(
     is_causal: bool,
 ) -> Float[Array, "b s h k"]:
     s, m = query.shape[1], keys.shape[1]
-    more_s, more_m = s % 2, m % 2  # JAX lets cuDNN's backward pass take even lengths only
-    query, keys, values = _pad(query, more_s), _pad(keys, more_m), _pad(values, more_m)
+    pad_s, pad_m = s % 2, m % 2  # JAX requires even lengths for cuDNN's backward pass
+    query, keys, values = _pad(query, pad_s), _pad(keys, pad_m), _pad(values, pad_m)
     options: dict[str, Any] = {}
     if allowed is not None:
-        options["mask"] = jnp.pad(allowed, ((0, 0), (0, 0), (0, more_s), (0, more_m)))
-    elif more_m and not is_causal:  # where it is causal, the key that was filled in comes after every query that counts
+        options["mask"] = jnp.pad(allowed, ((0, 0), (0, 0), (0, pad_s), (0, pad_m)))
+    elif pad_m and not is_causal:  # under a causal mask the padding key follows every real query
         options["key_value_seq_lengths"] = jnp.full(query.shape[:1], m, jnp.int32)
-    mixed = jax.nn.dot_product_attention(query, keys, values, is_causal=is_causal, implementation="cudnn", **options)
-    return mixed[:, :s]
+    output = jax.nn.dot_product_attention(query, keys, values, is_causal=is_causal, implementation="cudnn", **options)
+    return output[:, :s]
 
 
 def _flash(
@@ -101,10 +104,10 @@ def _flash(
     *,
     is_causal: bool,
 ) -> Float[Array, "b s h k"]:
-    from coca_jax.model import tpu_attention  # Pallas takes a while to import, which only few runs need
+    from coca_jax.model import tpu_attention  # importing Pallas is slow and few runs need it
 
     return tpu_attention.attend(query, keys, values, allowed, is_causal=is_causal)
 
 
-def _pad(x: Float[Array, "b s h k"], more: int) -> Float[Array, "b s_more h k"]:
-    return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0)))
+def _pad(x: Float[Array, "b s h k"], count: int) -> Float[Array, "b s_padded h k"]:
+    return jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0)))

@@ -1,11 +1,11 @@
 """A query transformer between image encoder and text decoder (BLIP-2, Li et al. 2023, arXiv 2301.12597, section 3).
 
-Learned queries read the image; what comes out of them is the image for whoever reads it. Queries and text go through
-the same self-attention and norms, each through MLPs of its own; queries alone attend to the image, in every second
-layer. Stage one: a text of the bridge's own and three objectives, which differ in who may see whom (figure 2). Stage
-two: the queries alone, projected to the width of the text decoder that reads them.
+Learned queries read the image, and their outputs stand for the image downstream. Queries and text share self-attention
+and norms but have separate MLPs; only the queries attend to the image, in every second layer. Stage one trains the
+bridge with a text input of its own and three objectives, which differ in their attention masks (figure 2). Stage two
+uses the queries alone, projected to the width of the text decoder that reads them.
 
-Axes: b batch, n image tokens, q queries, t text tokens, s queries and texts together, d width, e the contrastive space.
+Axes: b batch, n image tokens, q queries, t text tokens, s queries and text together, d width, e contrastive space.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from coca_jax import config
 from coca_jax.model import layers, stacks
 from coca_jax.model.attention import Mask
 from coca_jax.model.heads import Linear
-from coca_jax.model.text_decoder import look_up
+from coca_jax.model.text_decoder import embed_tokens
 from coca_jax.sharding import shard
 
-QUERY, COMPARED, WRITTEN = range(3)  # what a token is: a query, of the text that is compared, of the text to predict
+QUERY, CONTRASTIVE_TEXT, CAPTION_TEXT = range(3)  # kinds of tokens, by which the attention mask is built
 
 
 class Layer(nn.Module):
-    """Pre-norm: self-attention of queries and text together, cross-attention of the queries, an MLP for each.
+    """Pre-norm layer: shared self-attention, cross-attention of the queries, separate MLPs for queries and text.
 
     Attributes:
-      model: sizes are those of `model.bridge`, and `model.image.width` of what is read.
-      reads: has cross-attention.
+      model: Model configuration; sizes come from `model.bridge`, the width of the image tokens from
+        `model.image.width`.
+      reads: Whether the layer has cross-attention to the image.
     """
 
     model: config.Model
@@ -50,7 +51,7 @@ class Layer(nn.Module):
     def __call__(
         self, both: tuple[Float[Array, "b q d"], Float[Array, "b t d"]], image: Float[Array, "b n i"], mask: Mask | None
     ) -> tuple[Float[Array, "b q d"], Float[Array, "b t d"]]:
-        """Either of the two may have length 0; the image is then read by nobody, or no text is there."""
+        """Apply the layer. Either part of `both` may have length 0; without queries the image is unused."""
         q = both[0].shape[1]
         x = jnp.concatenate(both, axis=1)
         x = layers.add(x, self.attention(self.attention_norm(x), mask=mask))
@@ -65,7 +66,7 @@ class Layer(nn.Module):
 
 
 class Pair(nn.Module):
-    """A layer that reads the image and one that does not: what the stack repeats."""
+    """A layer with cross-attention followed by one without: the unit that the stack repeats."""
 
     model: config.Model
 
@@ -77,7 +78,7 @@ class Pair(nn.Module):
 
 
 class Bridge(nn.Module):
-    """The query transformer; in stage one (`model.bridge.stage`) with a text, in stage two with a projection."""
+    """The query transformer: with a text input in stage one (`model.bridge.stage`), with a projection in stage two."""
 
     model: config.Model
 
@@ -86,7 +87,7 @@ class Bridge(nn.Module):
         dtype, param_dtype = jnp.dtype(m.dtype), jnp.dtype(m.param_dtype)
         small = nn.initializers.normal(0.02)
         self.query_tokens = self.param("query_tokens", nn.initializers.normal(1.0), (c.queries, c.width), param_dtype)
-        self.token_norm = layers.layer_norm(m)  # the image encoder has none at its end
+        self.token_norm = layers.layer_norm(m)  # the image encoder has no final norm
         self.blocks = stacks.stack(
             Pair,
             {"model": m},
@@ -108,58 +109,63 @@ class Bridge(nn.Module):
             self.projection = layers.dense(m, (text.width,))  # bqd,dw->bqw
 
     def image_tokens(self, image: Float[Array, "b n i"]) -> Float[Array, "b q w"]:
-        """Stage two: what the text decoder reads, of its width."""
+        """Image tokens for the text decoder, in its width (stage two)."""
         return self.projection(self.queries(image))
 
     def queries(self, image: Float[Array, "b n i"]) -> Float[Array, "b q d"]:
-        """What the queries make of the image."""
-        return self._run(image, self._no_text(image), None)[0]
+        """Query outputs for an image, without text."""
+        return self._run(image, self._empty_text(image), None)[0]
 
     def text(self, tokens: Int[Array, "b t"]) -> Float[Array, "b d"]:
-        """The output of [CLS], which stands in the place of bos and sees all of the text and no query."""
-        x, mask = self._embed(tokens, cls=True), who_sees_whom(tokens, self.model.text.pad_id, (COMPARED,))
+        """Text features: the output of [CLS], which replaces bos and attends to the whole text but to no query."""
+        x, mask = self._embed(tokens, cls=True), objective_mask(tokens, self.model.text.pad_id, (CONTRASTIVE_TEXT,))
         return self.text_norm(self.blocks((x[:, :0], x), x, mask)[0][1][:, 0])
 
     def read(
         self, image: Float[Array, "b n i"], tokens: Int[Array, "b t"], *, contrastive: bool, captioning: bool
     ) -> tuple[Float[Array, "b q d"], Float[Array, "b d"] | None, Float[Array, "b t d"] | None]:
-        """One pass for both: queries, `text`, and hidden states whose product with `head` is the logits.
+        """Run the contrastive and the captioning text together with the queries, in one pass.
 
-        The text to predict sees the queries and what came before, the queries see themselves: all three are what three
-        passes would give.
+        The caption attends to the queries and to its own earlier positions; the queries attend only to themselves. All
+        three results equal those of three separate passes.
+
+        Returns:
+          Query outputs; the text features of `text`, or None; hidden states whose product with `head` is the logits, or
+          None.
         """
-        kinds = (COMPARED,) * contrastive + (WRITTEN,) * captioning
-        texts = [self._embed(tokens, cls=kind == COMPARED) for kind in kinds]
-        mask = who_sees_whom(tokens, self.model.text.pad_id, kinds, self.model.bridge.queries)
-        queries, x = self._run(image, jnp.concatenate([*texts, self._no_text(image)], axis=1), mask)
+        kinds = (CONTRASTIVE_TEXT,) * contrastive + (CAPTION_TEXT,) * captioning
+        texts = [self._embed(tokens, cls=kind == CONTRASTIVE_TEXT) for kind in kinds]
+        mask = objective_mask(tokens, self.model.text.pad_id, kinds, self.model.bridge.queries)
+        queries, x = self._run(image, jnp.concatenate([*texts, self._empty_text(image)], axis=1), mask)
         x, t = self.text_norm(x), tokens.shape[1]
         return queries, x[:, 0] if contrastive else None, x[:, -t:] if captioning else None
 
     def match(self, image: Float[Array, "b n i"], tokens: Int[Array, "b t"]) -> Float[Array, "b 2"]:
-        """float32 logits of whether text and image do not, and do, belong together.
+        """Matching logits in float32: class 1 for pairs of text and image that belong together, class 0 for others.
 
-        All see all. The mean over the queries of what a linear layer makes of each, which is that of their mean.
+        All tokens attend to all tokens. The linear layer is applied to the mean of the queries, which equals the mean
+        of its outputs.
         """
-        allowed = seen_by_all(tokens, self.model.text.pad_id, self.model.bridge.queries)
+        allowed = padding_mask(tokens, self.model.text.pad_id, self.model.bridge.queries)
         queries, _ = self._run(image, self._embed(tokens, cls=True), allowed)
         return self.matching(jnp.mean(queries, axis=1))
 
     def head(self) -> Float[Array, "d v"]:
-        """The output softmax's kernel: the token embedding, transposed."""
+        """Kernel of the output softmax: the transposed token embedding."""
         return self.token_embedding.embedding.T
 
     def _embed(self, tokens: Int[Array, "b t"], *, cls: bool) -> Float[Array, "b t d"]:
         length = self.model.text.length
         if tokens.shape[1] > length:
             raise ValueError(f"tokens of shape {tokens.shape} are longer than the {length} positions of the model")
-        x = look_up(self.token_embedding, tokens)
+        x = embed_tokens(self.token_embedding, tokens)
         if cls:
             first = jnp.broadcast_to(self.cls_embedding.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([first, x[:, 1:]], axis=1)
         x = x + self.position_embedding[: x.shape[1]].astype(x.dtype)[None]
         return shard(x, "batch", None, "width")
 
-    def _no_text(self, image: Float[Array, "b n i"]) -> Float[Array, "b 0 d"]:
+    def _empty_text(self, image: Float[Array, "b n i"]) -> Float[Array, "b 0 d"]:
         return jnp.zeros((image.shape[0], 0, self.model.bridge.width), image.dtype)
 
     def _run(
@@ -170,35 +176,38 @@ class Bridge(nn.Module):
         return self.out_norm(queries), text
 
 
-def who_sees_whom(tokens: Int[Array, "b t"], pad_id: int, kinds: tuple[int, ...], queries: int = 0) -> Mask:
-    """The masks of the contrastive and of the captioning objective (figure 2), for the same text once for each.
+def objective_mask(tokens: Int[Array, "b t"], pad_id: int, kinds: tuple[int, ...], queries: int = 0) -> Mask:
+    """Attention mask of the contrastive and captioning objectives (figure 2), with one copy of the text for each.
 
-    Queries see queries. The text that is compared sees itself, the text to predict what came before and the queries.
-    Nobody sees padding.
+    Queries attend to queries. The contrastive text attends to itself, the caption to its earlier positions and to the
+    queries. Nothing attends to padding.
 
     Args:
-      tokens: ids, padded behind.
-      pad_id: of padding.
-      kinds: COMPARED, WRITTEN: what the texts behind the queries are, in their order.
-      queries: how many come first.
+      tokens: Token ids, padded at the end.
+      pad_id: Id of the padding token.
+      kinds: CONTRASTIVE_TEXT or CAPTION_TEXT for each copy of the text, in the order in which they follow the queries.
+      queries: Number of queries in front of the text.
+
+    Returns:
+      Mask `[b, 1, s, s]`, True where attention is allowed.
     """
     t = tokens.shape[1]
     kind = jnp.concatenate([jnp.full(queries, QUERY), *(jnp.full(t, k) for k in kinds)])
-    place = jnp.concatenate([jnp.arange(queries), *(jnp.arange(t) for _ in kinds)])
-    sees, seen = (kind[:, None], place[:, None]), (kind[None], place[None])
-    own = (sees[0] == seen[0]) & ((sees[0] != WRITTEN) | (sees[1] >= seen[1]))
-    allowed = own | ((sees[0] == WRITTEN) & (seen[0] == QUERY))
-    return allowed[None, None] & seen_by_all(tokens, pad_id, queries, len(kinds))
+    position = jnp.concatenate([jnp.arange(queries), *(jnp.arange(t) for _ in kinds)])
+    query_kind, key_kind = kind[:, None], kind[None]
+    own = (query_kind == key_kind) & ((query_kind != CAPTION_TEXT) | (position[:, None] >= position[None]))
+    allowed = own | ((query_kind == CAPTION_TEXT) & (key_kind == QUERY))
+    return allowed[None, None] & padding_mask(tokens, pad_id, queries, len(kinds))
 
 
-def seen_by_all(tokens: Int[Array, "b t"], pad_id: int, queries: int, texts: int = 1) -> Bool[Array, "b 1 s s"]:
-    """Queries and text that is not padding, for everyone: the mask of matching, where all see all."""
+def padding_mask(tokens: Int[Array, "b t"], pad_id: int, queries: int, texts: int = 1) -> Bool[Array, "b 1 s s"]:
+    """Mask of the matching objective: every token attends to all queries and to all text except padding."""
     real = jnp.concatenate([jnp.ones((len(tokens), queries), bool), *[tokens != pad_id] * texts], axis=1)
     return jnp.broadcast_to(real[:, None, None], (len(real), 1, real.shape[1], real.shape[1]))
 
 
 def similarities(image_features: Float[Array, "b q e"], text_features: Float[Array, "c e"]) -> Float[Array, "b c"]:
-    """The scalar product of a text with that of an image's queries which is nearest to it. float32, "highest"."""
+    """Largest dot product of each text with an image's queries. float32, at "highest" precision."""
     options = {"preferred_element_type": jnp.float32, "precision": "highest"}
     return jnp.max(jnp.einsum("bqe,ce->bqc", image_features, text_features, **options), axis=1)
 
@@ -206,24 +215,24 @@ def similarities(image_features: Float[Array, "b q e"], text_features: Float[Arr
 def hard_pairs(
     logits: Float[Array, "b b"], tokens: Int[Array, "b t"], key: Key[Array, ""]
 ) -> tuple[Int[Array, " 3b"], Int[Array, " 3b"], Int[Array, " 3b"]]:
-    """Pairs to tell right from wrong: each image with its text, with a wrong text, each text with a wrong image.
+    """Pairs for the matching objective: true pairs, images with a wrong text, texts with a wrong image.
 
-    The wrong ones are drawn from the GLOBAL batch as the contrastive softmax has them, likelier the more alike (Li et
-    al. 2021, arXiv 2107.07651). A text that is the image's own word for word is not wrong, whosever it is.
+    Wrong partners are drawn from the GLOBAL batch by the contrastive softmax, so that similar ones are likelier (Li et
+    al. 2021, arXiv 2107.07651). A text identical to the image's own is never drawn as wrong, whichever row it is from.
 
     Args:
-      logits: of image row and text column.
-      tokens: the texts.
-      key: of the draw.
+      logits: Contrastive logits, image rows by text columns.
+      tokens: Token ids of the texts.
+      key: Random key.
 
     Returns:
-      Rows of the images, rows of the texts, and 1 where they belong together; 0 but in the first third, unless there
-      is no wrong one to draw.
+      Row indices of the images, row indices of the texts, and labels: 1 for pairs that belong together. Beyond the
+      first third labels are 0, unless the batch holds no wrong partner to draw.
     """
     same = jnp.all(tokens[:, None] == tokens[None], axis=-1)
     wrong = jnp.where(same, jnp.finfo(jnp.float32).min, logits)
-    of_images, of_texts = jax.random.split(key)
+    image_key, text_key = jax.random.split(key)
     own = jnp.arange(len(tokens))
-    texts = jnp.concatenate([own, jax.random.categorical(of_images, wrong, axis=1), own])
-    images = jnp.concatenate([own, own, jax.random.categorical(of_texts, wrong, axis=0)])
+    texts = jnp.concatenate([own, jax.random.categorical(image_key, wrong, axis=1), own])
+    images = jnp.concatenate([own, own, jax.random.categorical(text_key, wrong, axis=0)])
     return images, texts, same[images, texts].astype(jnp.int32)

@@ -1,6 +1,6 @@
-"""CoCa (Yu et al. 2022, arXiv 2205.01917): one image pass and one text pass give both objectives.
+"""CoCa (Yu et al. 2022, arXiv 2205.01917): one image pass and one text pass serve both objectives.
 
-Axes: b batch, n patch tokens, q pooled image tokens, t text tokens, d width, e the contrastive space, v vocabulary.
+Axes: b batch, n patch tokens, q pooled image tokens, t text tokens, d width, e contrastive space, v vocabulary.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from coca_jax.model.poolers import Pooler
 from coca_jax.model.text_decoder import DecoderCache, TextDecoder, output_logits
 from coca_jax.sharding import shard
 
-MAX_LOG_SCALE = math.log(100.0)  # the logit scale is kept in [1, 100] (Radford et al. 2021, section 2.5)
+MAX_LOG_SCALE = math.log(100.0)  # the logit scale is clipped to [1, 100] (Radford et al. 2021, section 2.5)
 
 
 @flax.struct.dataclass
 class Output:
-    """What a forward pass gives; a half that was not asked for is None.
+    """Results of a forward pass; parts that were not requested are None.
 
     Attributes:
-      image_features: `[b, e]` float32, unit length.
+      image_features: `[b, e]` float32, unit length; `[b, q, e]` for a bridge in stage one.
       text_features: `[b, e]` float32, unit length.
-      image_tokens: `[b, q, d]` what the multimodal half reads.
-      hidden: `[b, t, d]` the multimodal half's output; `hidden @ head` is the logits.
+      image_tokens: `[b, q, d]`, the input of the multimodal decoder's cross-attention.
+      hidden: `[b, t, d]`, output of the multimodal decoder; `hidden @ head` gives the logits.
       logits: `[b, t, v]` float32; position i predicts token i + 1.
-      class_logits: `[b, c]` float32, of model.head.
-      similarities: `[b, b]` float32, of a bridge in stage one, whose image features are `[b, q, e]`: a text's with the
-        nearest of an image's queries.
-      match_logits: `[3b, 2]` float32, and matches: `[3b]` whether these pairs belong together (`bridge.hard_pairs`).
-      logit_scale: float32 scalar, exp of the parameter: the contrastive logits are
-        `logit_scale * image @ text (+ logit_bias)`.
+      class_logits: `[b, c]` float32, from model.head.
+      similarities: `[b, b]` float32, only for a bridge in stage one: each text with the nearest of an image's queries.
+      match_logits: `[3b, 2]` float32, matching logits of the pairs of `bridge.hard_pairs`.
+      matches: `[3b]`, 1 where such a pair belongs together.
+      logit_scale: float32 scalar, exp of the parameter; the contrastive logits are `logit_scale * image @ text (+
+        logit_bias)`.
       logit_bias: float32 scalar, the parameter; None where model.logit_bias is 0.
     """
 
@@ -58,7 +58,7 @@ class Output:
 
 
 class Projection(nn.Module):
-    """A linear map without bias into the contrastive space, then unit length, in float32."""
+    """Linear map without bias into the contrastive space, normalized to unit length in float32."""
 
     model: config.Model
 
@@ -72,9 +72,9 @@ class Projection(nn.Module):
 
 
 class CoCa(nn.Module):
-    """The model. `config` alone decides the architecture; parameters exist only for the halves that were initialised.
+    """The model. `config` alone decides the architecture; only the initialized parts have parameters.
 
-    Use: `CoCa(config.model).apply({"params": params}, images, tokens)`, or `method="encode_image"` and the others.
+    Usage: `CoCa(config.model).apply({"params": params}, images, tokens)`, or with `method="encode_image"` and so on.
     """
 
     config: config.Model
@@ -82,7 +82,7 @@ class CoCa(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.image_encoder = ImageEncoder(c)
-        # kind=single: query 0 is the contrastive one, the others are the decoder's (open_clip).
+        # With kind=single, query 0 is contrastive and the others feed the decoder (open_clip).
         self.generative_pooler = Pooler(c, c.pooler.queries, c.image.width)
         if c.pooler.kind != "single":
             self.contrastive_pooler = Pooler(c, 1, c.image.width if c.pooler.kind == "parallel" else c.text.width)
@@ -96,11 +96,11 @@ class CoCa(nn.Module):
         self.logit_bias = self.param("logit_bias", nn.initializers.constant(c.logit_bias), ()) if c.logit_bias else None
 
     def __call__(self, images: Float[Array, "b y x 3"], tokens: Int[Array, "b t"]) -> Output:
-        """Everything, logits included.
+        """Run every part of the model, logits included.
 
         Args:
-          images: normalised, `[b, size, size, 3]`.
-          tokens: ids `[b, t]`, padded behind, t up to `text.length`.
+          images: Normalized images, `[b, size, size, 3]`.
+          tokens: Token ids `[b, t]`, padded at the end; t is at most `text.length`.
         """
         output = self.forward(images, tokens, captioning=self.config.text.n_multi > 0)
         if output.hidden is None:
@@ -118,28 +118,29 @@ class CoCa(nn.Module):
         matching: bool = False,
         key: Key[Array, ""] | None = None,
     ) -> Output:
-        """The training pass: hidden states instead of logits, and only the parts asked for.
+        """Training pass: hidden states instead of logits, and only the requested parts.
 
-        Without captioning neither the multimodal half nor the generative pooler is computed (but for a pooler whose
-        output the contrastive feature is read from: kind=cascade and single). Without contrastive neither the
-        contrastive pooler, the [CLS] token nor the projections are. With classes alone the text decoder is not, unless
-        model.head reads it.
+        Without captioning, the multimodal decoder and the generative pooler are skipped (except where the contrastive
+        feature is read from that pooler: kind=cascade and single). Without contrastive, the contrastive pooler, the
+        [CLS] token and the projections are skipped. With classes alone, the text decoder is skipped unless model.head
+        reads it.
 
         Args:
-          images: normalised; with frames `[b, f, size, size, 3]`, whose tokens the poolers read together.
-          tokens: ids `[b, t]`.
-          contrastive, captioning, classes: what is computed.
-          matching: of a bridge in stage one: whether texts and images belong together.
-          key: draws matching's wrong pairs.
+          images: Normalized images; clips are `[b, f, size, size, 3]`, and the poolers read the tokens of all f frames
+            together.
+          tokens: Token ids `[b, t]`.
+          contrastive, captioning, classes: Which parts to compute.
+          matching: Compute the matching logits of a bridge in stage one.
+          key: Random key for drawing the wrong pairs of matching.
 
         Raises:
-          ValueError: the classifier's pooler knows the places of another number of frames.
+          ValueError: The classifier's pooler has position embeddings for another number of frames.
         """
-        frames, given = self.config.head.frames, images.shape[1] if images.ndim == 5 else 1
-        if classes and self.config.head.reads == "pooler" and frames not in (1, given):
+        frames, frame_count = self.config.head.frames, images.shape[1] if images.ndim == 5 else 1
+        if classes and self.config.head.reads == "pooler" and frames not in (1, frame_count):
             raise ValueError(
-                f"images of shape {images.shape} given to a classifier of clips of {frames} frames: give [b, {frames}, "
-                "size, size, 3]"
+                f"images of shape {images.shape} given to a classifier for clips of {frames} frames: pass "
+                f"[b, {frames}, size, size, 3]"
             )
         patch_tokens = self._patch_tokens(images)
         if self.config.bridge.stage == 1:
@@ -210,14 +211,14 @@ class CoCa(nn.Module):
         return dataclasses.replace(output, match_logits=match_logits, matches=matches)
 
     def second_stage(self, tokens: Int[Array, "b t"]) -> Array:
-        """The text decoder alone: called for its parameters, which stage one keeps for stage two."""
+        """Logits of the text decoder alone. Called to create its parameters, which stage one keeps for stage two."""
         c = self.config
         image_tokens = jnp.zeros((len(tokens), c.bridge.queries, c.text.width), jnp.dtype(c.dtype))
         hidden = self.text_decoder.decode(self.text_decoder.encode(tokens, cls=False)[0], image_tokens)
         return self.text_decoder.logits(hidden)
 
     def classify(self, images: Float[Array, "b *f y x 3"], tokens: Int[Array, "b t"]) -> Float[Array, "b c"]:
-        """float32 logits of model.head's classes; `tokens` are the questions where it reads the decoder."""
+        """Class logits of model.head in float32; `tokens` hold the questions if the head reads the decoder."""
         logits = self.forward(images, tokens, contrastive=False, captioning=False, classes=True).class_logits
         assert logits is not None
         return logits
@@ -225,7 +226,7 @@ class CoCa(nn.Module):
     def encode_image(
         self, images: Float[Array, "b y x 3"], *, contrastive: bool = True, captioning: bool = True
     ) -> Output:
-        """`image_features` and `image_tokens` of normalised images."""
+        """`image_features` and `image_tokens` of normalized images."""
         if self.config.bridge.stage == 1:
             return Output(image_features=self.image_projection(self.bridge.queries(self._patch_tokens(images))))
         image_tokens, pooled = self._pool(self._patch_tokens(images), contrastive, captioning)
@@ -236,14 +237,18 @@ class CoCa(nn.Module):
         return output
 
     def attention(self, images: Float[Array, "b y x 3"], *, contrastive: bool) -> Float[Array, "b q n"]:
-        """Where a pooler's queries look: weights over patch tokens, class token included, float32, each query's sum 1.
+        """Attention weights of a pooler's queries over patch tokens, class token included.
 
-        With kind=cascade the contrastive query reads the generative pooler's output: its weights over that, times those
-        queries' weights over the patches (attention rollout, Abnar and Zuidema 2020, without the values between).
+        With kind=cascade the contrastive query reads the generative pooler's output. Its weights over those outputs are
+        multiplied with their weights over the patches (attention rollout, Abnar and Zuidema 2020, ignoring the values
+        in between).
 
         Args:
-          images: normalised.
-          contrastive: of the one query of the contrastive feature; else of those that the decoder reads.
+          images: Normalized images.
+          contrastive: Use the query of the contrastive feature; otherwise the queries that the decoder reads.
+
+        Returns:
+          `[b, q, n]` float32; each query's weights sum to 1.
         """
         tokens, kind = self._patch_tokens(images), self.config.pooler.kind
         if contrastive and kind == "parallel":
@@ -268,26 +273,34 @@ class CoCa(nn.Module):
     def prefill(
         self, tokens: Int[Array, "b s"], image_tokens: Float[Array, "b q d"], length: int
     ) -> tuple[Float[Array, "b s v"], DecoderCache]:
-        """Starts decoding: logits of a prompt (at least bos), and a cache with room for `length` tokens in all.
+        """Start decoding from a prompt.
+
+        Args:
+          tokens: Prompt, at least bos.
+          image_tokens: Image tokens from `encode_image`.
+          length: Capacity of the cache in tokens.
+
+        Returns:
+          Logits of the prompt and the filled cache.
 
         Raises:
-          ValueError: the cache has more room than there are positions, or less than the prompt takes.
+          ValueError: The cache is longer than the model's positions or shorter than the prompt.
         """
         positions = self.config.text.length
         if not tokens.shape[1] <= length <= positions:
             raise ValueError(
-                f"length={length} of a cache for a prompt of shape {tokens.shape} must be that of the prompt or more, "
-                f"and at most text.length={positions}"
+                f"cache length={length} does not fit a prompt of shape {tokens.shape}: it must be at least the "
+                f"prompt's length and at most text.length={positions}"
             )
         cache = self.text_decoder.empty_cache(tokens.shape[0], length)
         return self.text_decoder.step(tokens, cache, image_tokens)
 
     def decode_step(self, tokens: Int[Array, "b s"], cache: DecoderCache) -> tuple[Float[Array, "b s v"], DecoderCache]:
-        """Goes on decoding: logits after the next tokens (usually one), and the cache with them in it."""
+        """Continue decoding: logits after the next tokens (usually one), and the updated cache."""
         return self.text_decoder.step(tokens, cache)
 
     def _patch_tokens(self, images: Float[Array, "b *f y x 3"]) -> Float[Array, "b n d"]:
-        """Tokens of each picture, or of all frames of each clip, one frame after another."""
+        """Patch tokens of each image, or of all frames of each clip in order."""
         if images.ndim == 4:
             return self.image_encoder(images)
         b, f = images.shape[:2]
@@ -297,7 +310,7 @@ class CoCa(nn.Module):
     def _pool(
         self, patch_tokens: Float[Array, "b n d"], contrastive: bool, captioning: bool
     ) -> tuple[Float[Array, "b q d"] | None, Float[Array, "b d"] | None]:
-        """What the decoder reads, and what the contrastive feature is projected from."""
+        """Image tokens for the decoder, and the vector that the contrastive feature is projected from."""
         kind = self.config.pooler.kind
         image_tokens = pooled = None
         if self.config.bridge.stage:

@@ -1,11 +1,11 @@
-"""How many operations the model needs, counted beside it.
+"""Analytic operation count of the model.
 
-What is counted: matrix products, a multiply-add as two operations, as is usual for model FLOPs (Chowdhery et al. 2022,
-arXiv 2204.02311, appendix B). What is not: softmax, norms, activations and embedding look-ups. Attention counts the
-whole `[s, m]` square, causal or not: that is what the product computes. Training is three times the forward pass (one
-product forward, two backward); what is computed again to save memory is not the model's, and is left out.
+Counts matrix products, with a multiply-add as two operations, the usual definition of model FLOPs (Chowdhery et al.
+2022, arXiv 2204.02311, appendix B). Softmax, norms, activations and embedding look-ups are not counted. Attention
+counts the full `[s, m]` square, causal or not, because the product computes all of it. Training costs three forward
+passes (one product forward, two backward); recomputation to save memory is not model FLOPs and is left out.
 
-Axes: n image tokens, q pooled queries, t text tokens, d width, f MLP width, v vocabulary, e the contrastive space.
+Axes: n image tokens, q pooled queries, t text tokens, d width, f MLP width, v vocabulary, e contrastive space.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Flops:
     poolers: float
     unimodal: float
     multimodal: float
-    softmax: float  # over the vocabulary
-    contrastive: float  # the projections, and the similarities with the whole batch
-    classifier: float = 0.0  # model.head, its pooler included
-    bridge: float = 0.0  # model.bridge; in stage one for the text as well, with matching for three pairs
+    softmax: float  # output softmax over the vocabulary
+    contrastive: float  # projections and similarities with the whole batch
+    classifier: float = 0.0  # model.head with its pooler
+    bridge: float = 0.0  # model.bridge; in stage one including the text, and three pairs for matching
 
     @property
     def total(self) -> float:
@@ -44,13 +44,13 @@ def forward(
     classes: bool = False,
     matching: bool = False,
 ) -> Flops:
-    """Operations of the forward pass of one image-text pair; of a clip with model.head.frames.
+    """Operations of the forward pass of one image-text pair, or one clip-text pair with model.head.frames.
 
     Args:
-      model: sizes.
-      batch_size: of the whole job: each text is compared with that many images. 0 leaves the similarities out.
-      length: t, tokens of a caption without [CLS]; None for `text.length`.
-      contrastive, captioning, classes, matching: the parts that are computed, as CoCa.forward has them.
+      model: Model configuration.
+      batch_size: Global batch size: each text is compared with that many images. 0 leaves the similarities out.
+      length: Tokens of a caption without [CLS]; None for `text.length`.
+      contrastive, captioning, classes, matching: The parts to count, as in CoCa.forward.
     """
     image, pooler, text = model.image, model.pooler, model.text
     d, t = text.width, text.length if length is None else length
@@ -106,7 +106,7 @@ def _with_bridge(
     c, text = model.bridge, model.text
 
     def stack(s: int) -> float:
-        """The queries and s tokens of text: all of them through self-attention and an MLP, the queries to the image."""
+        """Operations of the bridge's layers for the queries and s text tokens."""
         layer = _attention(c.queries + s, c.queries + s, c.width, c.width) + _mlp(c.queries + s, c.width, c.mlp_dim)
         return c.depth * layer + c.depth / 2 * _attention(c.queries, n, c.width, model.image.width)
 
@@ -123,7 +123,7 @@ def _with_bridge(
 
 
 def _attention(s: int, m: int, width: int, kv_width: int) -> float:
-    """s queries over m keys: query and output, key and value, scores and mixture."""
+    """Operations for s queries and m keys: query and output, key and value projections, scores, weighted sum."""
     return 2.0 * (2 * s * width * width + 2 * m * kv_width * width + 2 * s * m * width)
 
 
@@ -131,12 +131,12 @@ def _mlp(s: int, width: int, mlp_dim: int) -> float:
     return 2.0 * 2 * s * width * mlp_dim
 
 
-def of_step(c: config.Config) -> float:
+def train_step_flops(c: config.Config) -> float:
     """Model FLOPs of one training step over the global batch.
 
-    Forward, gradients of the parameters, gradients of what they read: three forward passes' worth where all is trained.
-    A part that is frozen has no gradients of its parameters, and none of its inputs where nothing before it is trained.
-    Whether a part is frozen is told by one of its kernels.
+    A trained part costs three forward passes: forward, gradients of its parameters, gradients of its inputs. A frozen
+    part has no parameter gradients, and no input gradients if nothing before it is trained. One kernel of each part
+    tells whether it is frozen.
     """
     wanted = {
         "contrastive": c.loss.lambda_con > 0,
@@ -150,23 +150,25 @@ def of_step(c: config.Config) -> float:
         return any(re.fullmatch(pattern, path) for pattern in patterns)
 
     def passes(kernel: str, *, after: bool) -> tuple[float, bool]:
-        """How often a part is passed, and whether it, or what it reads, is trained."""
+        """Cost of a part in forward passes, and whether it or anything before it is trained."""
         trained = not (c.lora.rank or matches(c.optimizer.freeze, kernel))
         low_rank = bool(c.lora.rank) and any(
             matches(c.lora.kernels, kernel.replace("mlp/up", f"attention/{name}")) for name in ("query", "value", "out")
         )
-        behind = after or trained or low_rank
-        return 1.0 + trained + behind, behind
+        needs_gradient = after or trained or low_rank
+        return 1.0 + trained + needs_gradient, needs_gradient
 
-    image, image_behind = passes("image_encoder/blocks/mlp/up/kernel", after=False)
+    image, image_trained = passes("image_encoder/blocks/mlp/up/kernel", after=False)
     between = "bridge/blocks/reading/attention/out" if c.model.bridge.stage else "generative_pooler/attention/out"
-    pooler, pooled_behind = passes(f"{between}/kernel", after=image_behind)
-    unimodal, text_behind = passes("text_decoder/unimodal/blocks/mlp/up/kernel", after=False)
-    multimodal, behind = passes("text_decoder/multimodal/blocks/mlp/up/kernel", after=pooled_behind or text_behind)
-    softmax, _ = passes("text_decoder/lm_head/kernel", after=behind)
-    contrastive, _ = passes("image_projection/kernel", after=pooled_behind or text_behind)
-    if c.model.bridge.stage == 1:  # its softmax is its token embedding
-        softmax, _ = passes("bridge/token_embedding/embedding", after=pooled_behind)
+    pooler, pooled_trained = passes(f"{between}/kernel", after=image_trained)
+    unimodal, text_trained = passes("text_decoder/unimodal/blocks/mlp/up/kernel", after=False)
+    multimodal, decoder_trained = passes(
+        "text_decoder/multimodal/blocks/mlp/up/kernel", after=pooled_trained or text_trained
+    )
+    softmax, _ = passes("text_decoder/lm_head/kernel", after=decoder_trained)
+    contrastive, _ = passes("image_projection/kernel", after=pooled_trained or text_trained)
+    if c.model.bridge.stage == 1:  # the output softmax shares the token embedding
+        softmax, _ = passes("bridge/token_embedding/embedding", after=pooled_trained)
     total = image * parts.image_encoder + pooler * (parts.poolers + parts.bridge) + unimodal * parts.unimodal
     total += multimodal * parts.multimodal + softmax * parts.softmax + contrastive * parts.contrastive
-    return c.batch_size * (total + (2.0 + (image_behind or behind)) * parts.classifier)
+    return c.batch_size * (total + (2.0 + (image_trained or decoder_trained)) * parts.classifier)

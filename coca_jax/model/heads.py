@@ -1,7 +1,7 @@
-"""Classifiers on what the model computes already: pooled image tokens, or the multimodal half's last text token.
+"""Classifiers on the model's outputs: pooled image tokens, or the last text token of the multimodal decoder.
 
-CoCa paper, section 3.3: image and video classification by an attentional pooler of the task's own over the tokens of
-all frames; VQA and entailment by the multimodal decoder. Axes: b batch, n image tokens, d width, c classes.
+CoCa paper, section 3.3: image and video classification with a task-specific attentional pooler over the tokens of all
+frames; VQA and entailment with the multimodal decoder. Axes: b batch, n image tokens, d width, c classes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from coca_jax import config
 from coca_jax.model.poolers import Pooler
-from coca_jax.model.text_decoder import last_place
+from coca_jax.model.text_decoder import last_token_position
 from coca_jax.sharding import shard
 
 
 class Classifier(nn.Module):
-    """Logits of classes; with head.reads=pooler also the pooler that reads the image tokens for them."""
+    """Class logits; with head.reads=pooler also the pooler that reads the image tokens."""
 
     model: config.Model
 
@@ -26,7 +26,7 @@ class Classifier(nn.Module):
         if c.reads == "pooler":
             self.pooler = Pooler(self.model, 1, self.model.image.width)
             if c.frames > 1:
-                # The pooler is blind to order; beginning at zero, the frames' places begin as the paper has it.
+                # The pooler ignores token order. Zero-initialized frame embeddings start as the paper's pooler.
                 shape = (c.frames, self.model.image.width)
                 self.frame_embedding = self.param(
                     "frame_embedding", nn.initializers.zeros, shape, jnp.dtype(self.model.param_dtype)
@@ -34,22 +34,22 @@ class Classifier(nn.Module):
         self.linear = Linear(self.model, c.classes)
 
     def pool(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-        """What the pooler reads of the tokens of a picture, or of all frames of a clip, one frame after another."""
+        """Pooled tokens of an image, or of all frames of a clip in order."""
         frames = self.model.head.frames
         if frames > 1:
-            places = jnp.repeat(self.frame_embedding.astype(tokens.dtype), tokens.shape[1] // frames, axis=0)
-            tokens = tokens + places[None]
+            embedding = jnp.repeat(self.frame_embedding.astype(tokens.dtype), tokens.shape[1] // frames, axis=0)
+            tokens = tokens + embedding[None]
         pooled: Array = self.pooler(tokens)[:, 0]
         return pooled
 
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b c"]:
-        """float32 logits."""
+        """Class logits in float32."""
         logits: Array = self.linear(x)
         return logits
 
 
 class Linear(nn.Module):
-    """`x @ kernel + bias` in float32, both zero at first: every class begins as likely."""
+    """`x @ kernel + bias` in float32; both start at zero, so that all classes are equally likely."""
 
     model: config.Model
     classes: int
@@ -64,5 +64,5 @@ class Linear(nn.Module):
 
 
 def last_text_token(hidden: Float[Array, "b t d"], tokens: Int[Array, "b t"], pad_id: int) -> Float[Array, "b d"]:
-    """The hidden state at the last token that is not padding, which has seen the whole text and the image."""
-    return jnp.take_along_axis(hidden, last_place(tokens, pad_id)[:, None, None], axis=1)[:, 0]
+    """Hidden state of the last token before padding, which has attended to the whole text and the image."""
+    return jnp.take_along_axis(hidden, last_token_position(tokens, pad_id)[:, None, None], axis=1)[:, 0]

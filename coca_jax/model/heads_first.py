@@ -1,9 +1,9 @@
-"""Softmax attention by XLA with heads in front of positions, `[b, h, s, k]`, as its products read them.
+"""Softmax attention in XLA with the head axis before positions, `[b, h, s, k]`, the order its products need.
 
-`jax.nn.dot_product_attention` keeps positions in front. XLA for CPUs then turns an operand around before most of its
-products, there and back, and once more for the gradients of biases (docs/log.md).
+`jax.nn.dot_product_attention` keeps positions first. XLA for CPUs then transposes an operand before and after most
+products, and again for bias gradients (docs/log.md).
 
-Axes: b batch, s queries of an attention (tokens), m its keys, h heads, k head width.
+Axes: b batch, s query positions, m key positions, h heads, k head width.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float
 
 from coca_jax.model.products import copied
 
-# The score of what is not allowed. Not infinity: a query that sees no key has equal weights and not NaN, as in JAX's.
-HIDDEN = -0.7 * float(np.finfo(np.float32).max)
+# Score of masked keys. Finite, as in JAX: a query without keys gets uniform weights instead of NaN.
+MASKED_SCORE = -0.7 * float(np.finfo(np.float32).max)
 
 
 def attend(
@@ -30,15 +30,18 @@ def attend(
     *,
     is_causal: bool = False,
 ) -> Float[Array, "b s h k"]:
-    """`softmax(query keys^T / sqrt(k)) values` for each head, of float32 (Vaswani et al. 2017, section 3.2.1).
+    """`softmax(query keys^T / sqrt(k)) values` per head, in float32 (Vaswani et al. 2017, section 3.2.1).
 
-    Its backward pass is that of Dao et al. 2022 (FlashAttention, arXiv 2205.14135, appendix B.2) with the weights kept:
-    what the softmax takes off a row of gradients is the product of the result and its gradient.
+    The backward pass follows Dao et al. 2022 (FlashAttention, arXiv 2205.14135, appendix B.2) but stores the weights:
+    the softmax correction of a row is the dot product of the output and its gradient.
 
     Args:
-      query, keys, values: float32. With products of lower precision the backward pass would need a choice of its own.
-      allowed: True where query s may see key m; None: everywhere.
-      is_causal: a query sees its own position and those before; s = m.
+      query, keys, values: float32 arrays. Lower-precision products would need a separate rule for the backward pass.
+      allowed: True where query s may attend to key m; None allows all.
+      is_causal: Each query attends to its own and earlier positions; requires s = m.
+
+    Returns:
+      The attention output, `[b, s, h, k]` float32.
     """
     if is_causal:
         causal = jnp.tril(jnp.ones((1, 1, query.shape[1], keys.shape[1]), bool))
@@ -52,51 +55,51 @@ def attend_cached(
     values: Float[Array, "b h m k"],
     allowed: Bool[Array, "*b #h #s m"] | None = None,
 ) -> Float[Array, "b s h k"]:
-    """What `attend` computes, of keys and values that lie as a cache holds them; any dtype, never differentiated."""
-    shares = _shares(query.swapaxes(1, 2), keys, allowed).astype(values.dtype)
-    return _multiply(shares, values, 3, 2, values.dtype).swapaxes(1, 2)
+    """`attend` for keys and values in the cache's layout; any dtype, not differentiable."""
+    weights = _weights(query.swapaxes(1, 2), keys, allowed).astype(values.dtype)
+    return _multiply(weights, values, 3, 2, values.dtype).swapaxes(1, 2)
 
 
 def _multiply(x: Array, y: Array, x_axis: int, y_axis: int, dtype: Any = jnp.float32) -> Array:
-    """Products of the matrices of each head, summed up over one axis of each."""
+    """Per-head matrix products, contracted over one axis of each operand."""
     return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))), preferred_element_type=dtype)
 
 
-def _shares(
+def _weights(
     query: Float[Array, "b h s k"], keys: Float[Array, "b h m k"], allowed: Bool[Array, "*b #h #s m"] | None
 ) -> Float[Array, "b h s m"]:
     scores = _multiply(query, keys, 3, 3) * query.shape[-1] ** -0.5
     if allowed is not None:
-        scores = jnp.where(allowed, scores, HIDDEN)
+        scores = jnp.where(allowed, scores, MASKED_SCORE)
     return jax.nn.softmax(scores, axis=-1)
 
 
 @jax.custom_vjp
 def _attend(query: Array, keys: Array, values: Array, allowed: Array | None) -> Array:
-    mixed, _ = _forward(query, keys, values, allowed)
-    return mixed
+    output, _ = _forward(query, keys, values, allowed)
+    return output
 
 
 def _forward(query: Array, keys: Array, values: Array, allowed: Array | None) -> tuple[Array, Any]:
     query, keys, values = (x.swapaxes(1, 2) for x in (query, keys, values))
-    shares = _shares(query, keys, allowed)
-    mixed = _multiply(shares, values, 3, 2).swapaxes(1, 2)
-    return mixed, (query, keys, values, allowed, shares, mixed)
+    weights = _weights(query, keys, allowed)
+    output = _multiply(weights, values, 3, 2).swapaxes(1, 2)
+    return output, (query, keys, values, allowed, weights, output)
 
 
-def _backward(kept: Any, slopes: Array) -> tuple[Array, Array, Array, None]:
-    query, keys, values, allowed, shares, mixed = kept
-    taken = jnp.sum(mixed * slopes, axis=-1).swapaxes(1, 2)[..., None]
-    slopes = slopes.swapaxes(1, 2)
-    of_scores = shares * (_multiply(slopes, values, 3, 3) - taken) * query.shape[-1] ** -0.5
+def _backward(residuals: Any, grad: Array) -> tuple[Array, Array, Array, None]:
+    query, keys, values, allowed, weights, output = residuals
+    correction = jnp.sum(output * grad, axis=-1).swapaxes(1, 2)[..., None]
+    grad = grad.swapaxes(1, 2)
+    d_scores = weights * (_multiply(grad, values, 3, 3) - correction) * query.shape[-1] ** -0.5
     if allowed is not None:
-        of_scores = jnp.where(allowed, of_scores, 0)  # a query that sees no key has weights, and no gradient
-    found = (
-        _multiply(of_scores, keys, 3, 2),
-        _multiply(copied(of_scores.swapaxes(2, 3)), query, 3, 2),
-        _multiply(copied(shares.swapaxes(2, 3)), slopes, 3, 2),
+        d_scores = jnp.where(allowed, d_scores, 0)  # a query without keys has weights but no gradient
+    grads = (
+        _multiply(d_scores, keys, 3, 2),
+        _multiply(copied(d_scores.swapaxes(2, 3)), query, 3, 2),
+        _multiply(copied(weights.swapaxes(2, 3)), grad, 3, 2),
     )
-    d_query, d_keys, d_values = (x.swapaxes(1, 2) for x in found)
+    d_query, d_keys, d_values = (x.swapaxes(1, 2) for x in grads)
     return d_query, d_keys, d_values, None
 
 

@@ -1,6 +1,6 @@
 """The vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929): image -> patch tokens.
 
-Axes: b batch, n image tokens, d width. There is no final norm: the pooler normalises what it reads.
+Axes: b batch, n image tokens, d width. There is no final norm, because the pooler normalizes its input.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from coca_jax.sharding import shard
 
 
 class ImageEncoder(nn.Module):
-    """Normalised images `[b, size, size, 3]` -> tokens `[b, n, width]`; a class token, if any, comes first."""
+    """Encodes normalized images `[b, size, size, 3]` as tokens `[b, n, width]`, with the class token, if any, first."""
 
     model: config.Model
 
     @nn.compact
     def __call__(self, images: Float[Array, "b y x 3"]) -> Float[Array, "b n d"]:
-        """Raises ValueError if the images are not of the configured size."""
+        """Encode images. Raises ValueError if they do not have the configured size."""
         c, dtype = self.model.image, jnp.dtype(self.model.dtype)
         if images.ndim != 4 or images.shape[1:] != (c.size, c.size, 3):
             raise ValueError(
@@ -34,8 +34,7 @@ class ImageEncoder(nn.Module):
             )
         side, p = c.size // c.patch, c.patch
         param_dtype = jnp.dtype(self.model.param_dtype)
-        # A convolution with stride = kernel is one matrix product of the flattened patches: no convolution is left for
-        # the compiler to lower badly.
+        # A convolution with stride = kernel is one matrix product over flattened patches, which compiles better.
         patches = images.astype(dtype).reshape(images.shape[0], side, p, side, p, 3)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(images.shape[0], side * side, p, p, 3)
         embedding = layers.dense(self.model, (c.width,), inputs=3, use_bias=c.patch_bias, name="patch_embedding")
@@ -66,28 +65,30 @@ class ImageEncoder(nn.Module):
 
 
 def sincos_grid(side: int, width: int, class_token: bool) -> Float[Array, "n d"]:
-    """Fixed two-dimensional sine-cosine positions: half of the width for the row, half for the column; zeros for a
-    class token (Chen et al. 2021, arXiv 2104.02057)."""
-    one = layers.sincos(jnp.arange(side, dtype=jnp.float32), width // 2)
-    rows = jnp.repeat(one, side, axis=0)
-    columns = jnp.tile(one, (side, 1))
+    """Fixed 2D sine-cosine position embedding (Chen et al. 2021, arXiv 2104.02057).
+
+    Half of the width encodes the row, half the column; a class token gets zeros.
+    """
+    axis = layers.sincos(jnp.arange(side, dtype=jnp.float32), width // 2)
+    rows = jnp.repeat(axis, side, axis=0)
+    columns = jnp.tile(axis, (side, 1))
     grid = jnp.concatenate([rows, columns], axis=1)
     return jnp.concatenate([jnp.zeros((1, width)), grid]) if class_token else grid
 
 
 def resize_positions(embedding: Float[Array, "n d"], side: int, *, class_token: bool) -> Float[Array, "n2 d"]:
-    """Learned positions for another grid: bicubic in the plane, the class token's kept (arXiv 2010.11929, section 3.2).
+    """Interpolate learned positions to another grid: bicubic, class token unchanged (arXiv 2010.11929, section 3.2).
 
     Args:
       embedding: `[old_side^2 (+1), d]`.
-      side: patches along a side of the new grid.
-      class_token: whether the first row belongs to a class token.
+      side: Patches along one side of the new grid.
+      class_token: Whether the first row belongs to a class token.
 
     Returns:
-      `[side^2 (+1), d]`, of the same dtype; the very same array where the grid does not change.
+      `[side^2 (+1), d]` of the same dtype; the same array object if the grid does not change.
 
     Raises:
-      ValueError: the old embedding is not a square grid.
+      ValueError: The old embedding is not a square grid.
     """
     extra, grid = embedding[: int(class_token)], embedding[int(class_token) :]
     old = math.isqrt(grid.shape[0])
@@ -104,7 +105,7 @@ def resize_positions(embedding: Float[Array, "n d"], side: int, *, class_token: 
 
 
 def resize_parameters(params: dict[str, Any], model: config.Model) -> dict[str, Any]:
-    """The parameters of a model that was trained at another resolution, for `model.image.size` and `.patch`."""
+    """Parameters of a model trained at another resolution, resized for `model.image.size` and `model.image.patch`."""
     encoder = params.get("image_encoder", {})
     if "position_embedding" not in encoder:
         return params

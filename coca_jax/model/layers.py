@@ -1,6 +1,6 @@
-"""Attention, MLP, and the pre-norm block, of stacks of which all three towers are made.
+"""Attention, MLP and the pre-norm block, the layers of all three towers.
 
-Axes: b batch, s queries of an attention (tokens), m its keys, d width, h heads, k head width, f MLP width, l layers.
+Axes: b batch, s query positions, m key positions, d width, h heads, k head width, f MLP width, l layers.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from coca_jax.sharding import shard
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of one decoder layer, or of a stack of them with a leading layer axis `l`.
+    """Keys and values of one decoder layer, or of a stack of layers with a leading axis `l`.
 
-    Heads stand in front of positions, as attention reads them: XLA for CPUs otherwise turns all of them around for each
-    token, which was two fifths of greedy decoding's time (docs/log.md).
+    Heads come before positions, the order attention reads them in. XLA for CPUs otherwise transposes the whole cache
+    for each token, which was two fifths of the time of greedy decoding (docs/log.md).
 
     Attributes:
-      keys, values: `[b, h, m, k]` of the tokens decoded so far; slots not yet written hold zeros.
-      cross_keys, cross_values: `[b, h, q, k]` of the image tokens, computed once per image; None in the unimodal half.
+      keys, values: `[b, h, m, k]`, of the tokens decoded so far; unwritten slots hold zeros.
+      cross_keys, cross_values: `[b, h, q, k]`, of the image tokens, computed once per image; None in the unimodal
+        decoder.
     """
 
     keys: Float[Array, "*l b h m k"]
@@ -44,7 +45,7 @@ class Cache:
 
 
 def layer_norm(model: config.Model, name: str | None = None) -> LayerNorm:
-    """LayerNorm of the model's epsilon and dtypes."""
+    """LayerNorm with the model's epsilon and dtypes."""
     return LayerNorm(model.norm_eps, jnp.dtype(model.dtype), jnp.dtype(model.param_dtype), name=name)
 
 
@@ -56,7 +57,7 @@ def dense(
     use_bias: bool = True,
     name: str | None = None,
 ) -> Dense:
-    """A product over the last `inputs` axes, which become `outputs`, and a bias; Glorot-uniform at first."""
+    """Linear layer that contracts the last `inputs` axes into `outputs`, with bias; Glorot-uniform initialization."""
     return Dense(
         outputs,
         inputs=inputs,
@@ -68,14 +69,14 @@ def dense(
 
 
 class Attention(nn.Module):
-    """Multi-head attention with biases (Vaswani et al. 2017, section 3.2), split so that a cache can stand between.
+    """Multi-head attention with biases (Vaswani et al. 2017, section 3.2), in parts that a cache can be put between.
 
     Attributes:
-      model: for dtypes and the implementation.
-      width: of the output, and of the heads together.
-      heads: must divide width.
-      kv_width: width of what is attended to.
-      recompute: the backward pass computes the attention weights again.
+      model: Model configuration, for dtypes and the implementation.
+      width: Width of the output, and of all heads together.
+      heads: Number of heads; must divide width.
+      kv_width: Width of the tokens that keys and values are computed from.
+      recompute: Recompute the attention weights in the backward pass.
     """
 
     model: config.Model
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         self.out = dense(self.model, (self.width,), inputs=2)  # bshk,hkd->bsd
 
     def project(self, x: Float[Array, "b m d"]) -> tuple[Float[Array, "b m h k"], Float[Array, "b m h k"]]:
-        """Keys and values of what is attended to."""
+        """Keys and values of the tokens `x`."""
         return self._split(self.key(x)), self._split(self.value(x))
 
     def attend_cached(
@@ -100,10 +101,10 @@ class Attention(nn.Module):
         values: Float[Array, "b h m k"],
         mask: Mask | None = None,
     ) -> Float[Array, "b s d"]:
-        """Attention to what a cache holds, by XLA whatever is configured.
+        """Attend to cached keys and values, in XLA whatever implementation is configured.
 
-        There may be n rows of x for each row of keys, one after the other: captions of one image. They attend as more
-        queries, so that what is known of the image is held and read once.
+        x may have n consecutive rows for each row of keys: several captions of one image. They are treated as
+        additional queries, so that the image's keys and values are stored and read once.
         """
         rows, length = x.shape[:2]
         if rows != keys.shape[0]:
@@ -119,7 +120,7 @@ class Attention(nn.Module):
         is_causal: bool = False,
     ) -> Float[Array, "b s d"]:
         keys, values = self.project(x if kv is None else kv)
-        mixed = attend(
+        output = attend(
             self._split(self.query(x)),
             keys,
             values,
@@ -128,14 +129,14 @@ class Attention(nn.Module):
             implementation=self.model.attention,
             recompute=self.recompute,
         )
-        return self._join(mixed)
+        return self._join(output)
 
     def weights(self, x: Float[Array, "b s d"], kv: Float[Array, "b m d"]) -> Float[Array, "b h s m"]:
-        """What `__call__` weighs the values by."""
+        """Attention weights of `__call__`."""
         return weights(self._split(self.query(x)), self._split(self.key(kv)))
 
-    def _join(self, mixed: Float[Array, "b s h k"]) -> Float[Array, "b s d"]:
-        joined: Array = self.out(shard(mixed, "batch", None, "heads", None))
+    def _join(self, output: Float[Array, "b s h k"]) -> Float[Array, "b s d"]:
+        joined: Array = self.out(shard(output, "batch", None, "heads", None))
         return joined
 
     def _split(self, x: Float[Array, "b m h k"]) -> Float[Array, "b m h k"]:
@@ -143,11 +144,11 @@ class Attention(nn.Module):
 
 
 def gelu(x: Float[Array, "*b f"], approximate: bool) -> Float[Array, "*b f"]:
-    """`x Phi(x)` (Hendrycks and Gimpel 2016, arXiv 1606.08415), or its approximation by tanh.
+    """`x Phi(x)` (Hendrycks and Gimpel 2016, arXiv 1606.08415), or its tanh approximation.
 
-    By erf in float32, as PyTorch has it: JAX's own is by erfc, which is more exact where the result is nearly 0, and
-    took XLA for CPUs three times as long. Its derivative is computed again from x: autodiff would keep three more
-    arrays of this size.
+    Uses erf in float32, as PyTorch does: JAX's own erfc form is more exact for results near 0 but took XLA for CPUs
+    three times as long. The derivative is recomputed from x, because autodiff would store three more arrays of this
+    size.
     """
 
     def by_erf(x: Array) -> Array:
@@ -172,17 +173,17 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm layer: `x + attention(norm(x))`, then cross-attention if it has one, then `x + mlp(norm(x))`.
+    """A pre-norm layer: `x + attention(norm(x))`, optional cross-attention, then `x + mlp(norm(x))`.
 
-    With `cross` the layer also reads image tokens: self-attention, cross-attention, MLP (the paper's order), or, with
-    `text.cross_mlp`, self-attention, MLP, cross-attention, MLP (open_clip's).
+    With `cross` the order is self-attention, cross-attention, MLP (the paper), or with `text.cross_mlp` self-attention,
+    MLP, cross-attention, MLP (open_clip).
 
     Attributes:
-      model: for dtypes, epsilon and, with `cross`, `text.cross_mlp` and `text.cross_kv_norm`.
-      width, heads, mlp_dim: of this tower.
-      causal: a token sees itself and what came before.
-      cross: reads image tokens `[b, q, width]`.
-      recompute: the backward pass computes attention weights again.
+      model: Model configuration, for dtypes, epsilon and, with `cross`, `text.cross_mlp` and `text.cross_kv_norm`.
+      width, heads, mlp_dim: Sizes of this tower.
+      causal: Each token attends to itself and earlier tokens.
+      cross: Cross-attend to image tokens `[b, q, width]`.
+      recompute: Recompute attention weights in the backward pass.
     """
 
     model: config.Model
@@ -215,18 +216,18 @@ class Block(nn.Module):
         mask: Mask | None,
         index: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "b s d"], Cache | None]:
-        """One layer.
+        """Apply the layer.
 
         Args:
-          x: the tokens; while decoding, those from position `index` on.
-          cache: None in training. While decoding: what the layer has seen before `index`.
-          image_tokens: for a cross layer without a cache, or to fill one.
-          mask: over keys; None with causal=True is the causal mask.
-          index: while decoding: the position of x's first token.
+          x: Tokens; in decoding, those from position `index` on.
+          cache: Cached keys and values of the positions before `index`; None in training.
+          image_tokens: Image tokens for a cross layer that has no cache, or whose cache is still to be filled.
+          mask: Mask over keys; None with causal=True is the causal mask.
+          index: Position of x's first token, in decoding.
 
         Returns:
-          The tokens, and while decoding the keys and values of x's tokens alone (the caller writes them into its cache)
-          with those of the image tokens if they were given.
+          The output tokens and, in decoding, the keys and values of x's tokens alone, together with those of the image
+          tokens if given. The caller writes them into its cache.
         """
         y = self.attention_norm(x)
         new = None
@@ -262,17 +263,17 @@ class Block(nn.Module):
 def heads_first(
     keys: Float[Array, "b m h k"], values: Float[Array, "b m h k"]
 ) -> tuple[Float[Array, "b h m k"], Float[Array, "b h m k"]]:
-    """Keys and values as a cache holds them."""
+    """Transpose keys and values into the cache's layout."""
     return keys.swapaxes(1, 2), values.swapaxes(1, 2)
 
 
 def add(x: Float[Array, "b s d"], y: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-    """The tokens and what a sublayer adds to them."""
+    """Residual connection: tokens plus the output of a sublayer."""
     return checkpoint_name(shard(x + y, "batch", None, "width"), "outputs")
 
 
 def write(cache: Cache, new: Cache, index: Int[Array, ""]) -> Cache:
-    """The cache with new keys and values at token position `index`, and new cross keys and values if there are some.
+    """Write new keys and values into the cache at position `index`, and new cross keys and values if there are any.
 
     Works on one layer and on a stack.
     """
@@ -290,15 +291,16 @@ def write(cache: Cache, new: Cache, index: Int[Array, ""]) -> Cache:
 def stack(
     model: config.Model, *, depth: int, remat: str, scan_unroll: int, name: str | None = None, **block: Any
 ) -> Any:
-    """`depth` blocks (`stacks.stack`): call it as a Block, `stack(x, cache, image_tokens, mask, index)`.
+    """`depth` blocks (see `stacks.stack`), called like a Block: `stack(x, cache, image_tokens, mask, index)`.
 
-    The cache is stacked, or a tuple of each layer's, and what comes back is like it. Name it `blocks`.
+    The cache is stacked or a tuple with one entry per layer; the returned cache has the same form. Name the module
+    `blocks`.
 
     Args:
-      model: configuration.
-      depth, remat, scan_unroll: as for `stacks.stack`.
-      name: where it is not assigned to a name.
-      **block: attributes of Block.
+      model: Model configuration.
+      depth, remat, scan_unroll: As for `stacks.stack`.
+      name: Module name, if it is not assigned to an attribute.
+      **block: Attributes of Block.
     """
     axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
     block = {"model": model, "recompute": remat == "attention"} | block
@@ -306,7 +308,7 @@ def stack(
 
 
 def sincos(positions: Float[Array, " n"], width: int) -> Float[Array, "n d"]:
-    """Fixed sine-cosine embedding of positions (Vaswani et al. 2017, section 3.5), sines first."""
+    """Fixed sine-cosine position embedding (Vaswani et al. 2017, section 3.5), sines first."""
     frequency = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
     angle = positions[:, None] * frequency[None, :]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)

@@ -1,8 +1,8 @@
 """Low-rank updates of kernels (Hu et al. 2021, arXiv 2106.09685): `kernel + alpha / rank * a @ b`.
 
-They are parameters of their own, `lora/PATH/a` and `lora/PATH/b` for the kernel at PATH, and are added to it before the
-model is applied: the model itself knows nothing of them. Gradients and moments are theirs alone; the gradient of the
-sum, of which theirs are made, is computed and dropped layer stack by layer stack.
+The update of the kernel at PATH has its own parameters `lora/PATH/a` and `lora/PATH/b`. They are added to the kernel
+before the model is applied, so the model needs no code for them. Only they have gradients and optimizer state; the
+gradient of the full kernel is computed and dropped one layer stack at a time.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Parameters = dict[str, Any]
 
 
 def with_updates(c: config.Lora, params: Parameters, rng: Key[Array, ""]) -> Parameters:
-    """The parameters with updates of the kernels that `c.kernels` matches; they add nothing until they are trained.
+    """Add low-rank updates for the kernels that `c.kernels` matches; they are zero until trained.
 
     Raises:
-      ConfigError: a pattern matches no kernel, or something else than one.
+      ConfigError: A pattern matches no parameter, or one that is not a kernel.
     """
     if not c.rank:
         return params
@@ -36,21 +36,21 @@ def with_updates(c: config.Lora, params: Parameters, rng: Key[Array, ""]) -> Par
         found = [path for path in flat if re.fullmatch(pattern, path)]
         others = [path for path in found if not path.endswith("/kernel")]
         if others or not found:
-            what = f"matches {others[0]}, which is no kernel" if others else "matches no parameter"
+            what = f"matches {others[0]}, which is not a kernel" if others else "matches no parameter"
             example = ".*attention/(query|value)/kernel"
-            raise ConfigError(f"config.lora.kernels: {pattern!r} {what}; an example: {example!r}")
+            raise ConfigError(f"config.lora.kernels: {pattern!r} {what}; example: {example!r}")
         chosen += found
     for number, path in enumerate(sorted(set(chosen))):
         kernel = flat[path]
         inputs, outputs = low_rank_axes(path)
         layers = kernel.ndim - len(inputs) - len(outputs)
-        into = kernel.shape[layers : layers + len(inputs)]
-        shape = (*kernel.shape[:layers], *into, c.rank)
+        input_sizes = kernel.shape[layers : layers + len(inputs)]
+        shape = (*kernel.shape[:layers], *input_sizes, c.rank)
         fan_in = 1
-        for size in into:
+        for size in input_sizes:
             fan_in *= size
-        drawn = jax.random.normal(jax.random.fold_in(rng, number), shape, jnp.float32) * fan_in**-0.5
-        flat[f"lora/{path}/a"] = drawn
+        initial = jax.random.normal(jax.random.fold_in(rng, number), shape, jnp.float32) * fan_in**-0.5
+        flat[f"lora/{path}/a"] = initial
         flat[f"lora/{path}/b"] = jnp.zeros(
             (*kernel.shape[:layers], c.rank, *kernel.shape[layers + len(inputs) :]), jnp.float32
         )
@@ -59,7 +59,7 @@ def with_updates(c: config.Lora, params: Parameters, rng: Key[Array, ""]) -> Par
 
 
 def merged(c: config.Lora, params: Parameters) -> Parameters:
-    """The model's parameters, with the updates in their kernels and no more beside them."""
+    """The model's parameters with the low-rank updates added to their kernels and removed from the tree."""
     if not c.rank:
         return params
     flat = traverse_util.flatten_dict(params["lora"], sep="/")

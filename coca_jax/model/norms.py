@@ -1,6 +1,6 @@
-"""Layer normalisation with a backward pass of its own.
+"""Layer normalization with a custom backward pass.
 
-Axes: d width; statistics are of one token each.
+Axes: d width; statistics are computed per token.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-STATISTICS = "statistics"  # name of a token's mean and the inverse of its deviation: 8 bytes
+STATISTICS = "statistics"  # checkpoint name of a token's mean and inverse deviation: 8 bytes
 
 
 class LayerNorm(nn.Module):
     """`(x - E[x]) / sqrt(Var[x] + epsilon) scale + bias` over the last axis (Ba et al. 2016, arXiv 1607.06450).
 
-    Statistics are float32, with the variance as `E[(x - E[x])^2]` and not `E[x^2] - E[x]^2`, which cancels. Parameters:
-    scale `[d]` and bias `[d]`, 1 and 0 at first, as those of Flax's LayerNorm, of which value and gradients are, too.
+    Statistics are float32, with the variance as `E[(x - E[x])^2]`; `E[x^2] - E[x]^2` would cancel. Parameters `scale`
+    and `bias`, `[d]`, start at 1 and 0. Parameters, value and gradients equal those of Flax's LayerNorm.
 
     Attributes:
-      epsilon: added to the variance.
-      dtype: of the result.
-      param_dtype: of the parameters.
+      epsilon: Added to the variance.
+      dtype: Dtype of the result.
+      param_dtype: Dtype of the parameters.
     """
 
     epsilon: float
@@ -55,24 +55,25 @@ def _forward(epsilon: float, dtype: Any, x: Array, scale: Array, bias: Array) ->
     return y.astype(dtype), (x, scale, bias, mean, inverse)
 
 
-def _backward(epsilon: float, dtype: Any, kept: Any, slopes: Array) -> tuple[Array, Array, Array]:
-    # With both of a token's sums next to each other they are one pass over x and its gradient, and the result is
-    # another; autodiff's sum for the mean waits for that of the variance, and keeps float32 arrays of x's size.
-    x, scale, bias, mean, inverse = kept
-    # Of a token whose variance overflowed the result is the bias. No gradient of 0 may hide that from who looks for it.
+def _backward(epsilon: float, dtype: Any, residuals: Any, grad: Array) -> tuple[Array, Array, Array]:
+    # Both sums of a token take one pass over x and its gradient, and the result takes another. Autodiff computes the
+    # two sums one after the other and stores float32 arrays of x's size.
+    x, scale, bias, mean, inverse = residuals
+    # A token whose variance overflowed outputs the bias. Return NaN so that the overflow is detected, not masked by a
+    # zero gradient.
     inverse = jnp.where(inverse > 0, inverse, jnp.nan)
-    slopes = slopes.astype(jnp.float32)
-    normal = (x.astype(jnp.float32) - mean) * inverse
-    inner = slopes * _row(scale, x)
-    along = jnp.mean(inner * normal, -1, keepdims=True)
-    dx = (inner - jnp.mean(inner, -1, keepdims=True) - normal * along) * inverse
+    grad = grad.astype(jnp.float32)
+    normalized = (x.astype(jnp.float32) - mean) * inverse
+    d_normalized = grad * _row(scale, x)
+    projection = jnp.mean(d_normalized * normalized, -1, keepdims=True)
+    dx = (d_normalized - jnp.mean(d_normalized, -1, keepdims=True) - normalized * projection) * inverse
     tokens = tuple(range(x.ndim - 1))
-    dscale, dbias = jnp.sum(slopes * normal, tokens), jnp.sum(slopes, tokens)
+    dscale, dbias = jnp.sum(grad * normalized, tokens), jnp.sum(grad, tokens)
     return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 
 def _row(parameter: Array, x: Array) -> Array:
-    """A parameter, float32, in as many axes as x has."""
+    """The parameter in float32, broadcastable to x."""
     return parameter.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + parameter.shape)
 
 

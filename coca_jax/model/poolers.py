@@ -11,14 +11,14 @@ from coca_jax.model import layers, stacks
 
 
 class Pooler(nn.Module):
-    """One multi-head attention of `queries` learned queries over tokens `[b, n, d]` -> `[b, queries, width]`.
+    """Multi-head attention of `queries` learned queries over tokens, `[b, n, d]` -> `[b, queries, width]`.
 
-    Queries and tokens are normalised before, the result after; there is no residual and no MLP.
+    Queries and tokens are normalized before attention, the output after it; there is no residual connection and no MLP.
 
     Attributes:
-      model: for heads, width (that of the text decoder, which reads the result) and dtypes.
-      queries: how many vectors come out.
-      kv_width: of the tokens.
+      model: Model configuration; the width is the text decoder's, which reads the output.
+      queries: Number of output vectors.
+      kv_width: Width of the tokens.
     """
 
     model: config.Model
@@ -32,19 +32,19 @@ class Pooler(nn.Module):
             "query_tokens", nn.initializers.normal(1.0), (self.queries, width), jnp.dtype(m.param_dtype)
         )
         self.query_norm, self.token_norm, self.out_norm = (layers.layer_norm(m) for _ in range(3))
-        self.attention = stacks.rematerialised(layers.Attention, m.pooler.remat)(
+        self.attention = stacks.rematerialize(layers.Attention, m.pooler.remat)(
             m, width, m.pooler.heads, self.kv_width, recompute=m.pooler.remat == "attention"
         )
 
     def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b q d"]:
-        pooled = self.attention(*self._normalised(tokens))
+        pooled = self.attention(*self._normalized(tokens))
         return self.out_norm(pooled)
 
     def weights(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b q n"]:
-        """How much of each token a query takes: float32, mean over heads; the weights of a query sum to 1."""
-        return self.attention.weights(*self._normalised(tokens)).mean(axis=1)
+        """Attention weights of each query over the tokens: float32, mean over heads, summing to 1 per query."""
+        return self.attention.weights(*self._normalized(tokens)).mean(axis=1)
 
-    def _normalised(self, tokens: Float[Array, "b n d"]) -> tuple[Float[Array, "b q d"], Float[Array, "b n d"]]:
+    def _normalized(self, tokens: Float[Array, "b n d"]) -> tuple[Float[Array, "b q d"], Float[Array, "b n d"]]:
         query = self.query_norm(self.query_tokens.astype(jnp.dtype(self.model.dtype)))
-        # The queries are the same for every image: normalised once, and projected once per image by the attention.
+        # The queries do not depend on the image: normalize once, project once per image in the attention.
         return jnp.broadcast_to(query[None], (tokens.shape[0], *query.shape)), self.token_norm(tokens)

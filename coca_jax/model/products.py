@@ -1,4 +1,4 @@
-"""The products of activations with kernels, and what their backward pass is made of."""
+"""Products of activations with kernels, with a backward pass that suits XLA for CPUs."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-_WIDE = 128  # rows and columns of a kernel, from which on copies for its gradient gain more than they cost
+_WIDE = 128  # rows and columns from which copies for the kernel's gradient pay off
 
 
 class Dense(nn.Module):
-    """`x kernel + bias` over the last axes of x; the kernel is Glorot-uniform as a matrix, the bias 0 at first.
+    """`x kernel + bias` over the last axes of x; the kernel is Glorot-uniform as a matrix, the bias zero.
 
-    Parameters: kernel `[*inputs, *outputs]` and bias `[*outputs]`, as those of Flax's DenseGeneral.
+    Parameters: kernel `[*inputs, *outputs]` and bias `[*outputs]`, as in Flax's DenseGeneral.
 
     Attributes:
-      outputs: the axes that take the place of x's last ones.
-      inputs: how many axes of x are summed up over.
-      use_bias: there is a bias.
-      dtype: of the product and the result.
-      param_dtype: of the parameters.
+      outputs: Sizes of the axes that replace x's last ones.
+      inputs: Number of axes of x to contract.
+      use_bias: Whether there is a bias.
+      dtype: Dtype of the product and the result.
+      param_dtype: Dtype of the parameters.
     """
 
     outputs: tuple[int, ...]
@@ -57,12 +57,12 @@ def dot(
     bias: Float[Array, "*outputs"] | None = None,
     preferred_element_type: Any = None,
 ) -> Float[Array, "*y"]:
-    """`lax.dot_general` over the last `inputs` axes of x and the first of the kernel, and a bias.
+    """`lax.dot_general` over the last `inputs` axes of x and the first axes of the kernel, plus a bias.
 
-    Value and gradients are those of `lax.dot_general` and a sum. On CPUs the backward pass is made of matrices: XLA for
-    CPUs (jaxlib 0.10 to 0.12) otherwise transposes and copies the gradient of the result and the kernel in front of
-    each product, and once more for the bias, on one core. On TPUs it would be the flattening that copies, where the
-    tokens of a row do not fill tiles.
+    Value and gradients equal those of `lax.dot_general` and a sum. On CPUs the backward pass flattens to matrices: XLA
+    for CPUs (jaxlib 0.10 to 0.12) otherwise transposes and copies the output gradient and the kernel before each
+    product, and again for the bias, on one core. On TPUs flattening would itself copy wherever a row's tokens do not
+    fill whole tiles.
     """
     return _dot(inputs, preferred_element_type, x, kernel, bias)
 
@@ -81,43 +81,42 @@ _dot = jax.custom_vjp(_value, nondiff_argnums=(0, 1))
 
 
 def _forward(inputs: int, dtype: Any, x: Array, kernel: Array, bias: Array | None) -> tuple[Array, Any]:
-    # Not `_dot`: within it what remat asks for, the result of a product, could not be seen.
+    # Not `_dot`: inside it remat policies could not see the result of the product.
     return _value(inputs, dtype, x, kernel, bias), (x, kernel, bias)
 
 
-def _backward(inputs: int, dtype: Any, kept: Any, slopes: Array) -> tuple[Array, Array, Array | None]:
-    x, kernel, bias = kept
+def _backward(inputs: int, dtype: Any, residuals: Any, grad: Array) -> tuple[Array, Array, Array | None]:
+    x, kernel, bias = residuals
 
-    def plain(x: Array, kernel: Array, slopes: Array) -> tuple[Array, Array, Array]:
+    def plain(x: Array, kernel: Array, grad: Array) -> tuple[Array, Array, Array]:
         multiply = functools.partial(_product, inputs, dtype)
-        (dx,) = jax.linear_transpose(lambda x: multiply(x, kernel), x)(slopes)
-        (dkernel,) = jax.linear_transpose(lambda kernel: multiply(x, kernel), kernel)(slopes)
-        return dx, dkernel, jnp.sum(slopes, tuple(range(x.ndim - inputs)))
+        (dx,) = jax.linear_transpose(lambda x: multiply(x, kernel), x)(grad)
+        (dkernel,) = jax.linear_transpose(lambda kernel: multiply(x, kernel), kernel)(grad)
+        return dx, dkernel, jnp.sum(grad, tuple(range(x.ndim - inputs)))
 
-    def of_matrices(x: Array, kernel: Array, slopes: Array) -> tuple[Array, Array, Array]:
+    def flattened(x: Array, kernel: Array, grad: Array) -> tuple[Array, Array, Array]:
         size = math.prod(kernel.shape[:inputs])
         rows, matrix = x.reshape(-1, size), kernel.reshape(size, -1)
-        slopes = slopes.reshape(-1, matrix.shape[1])
+        grad = grad.reshape(-1, matrix.shape[1])
         multiply = functools.partial(_product, 1, dtype)
-        (dx,) = jax.linear_transpose(lambda rows: multiply(rows, matrix), rows)(slopes)
+        (dx,) = jax.linear_transpose(lambda rows: multiply(rows, matrix), rows)(grad)
         if min(matrix.shape) < _WIDE or matrix.dtype != jnp.float32:
-            (dkernel,) = jax.linear_transpose(lambda matrix: multiply(rows, matrix), matrix)(slopes)
-        elif size <= matrix.shape[1]:  # the copy is of the narrower operand
-            dkernel = _product(1, None, copied(rows.T), slopes)
+            (dkernel,) = jax.linear_transpose(lambda matrix: multiply(rows, matrix), matrix)(grad)
+        elif size <= matrix.shape[1]:  # copy the narrower operand
+            dkernel = _product(1, None, copied(rows.T), grad)
         else:
-            dkernel = copied(_product(1, None, copied(slopes.T), rows)).T
-        return dx.reshape(x.shape), dkernel.reshape(kernel.shape), jnp.sum(slopes, 0).reshape(kernel.shape[inputs:])
+            dkernel = copied(_product(1, None, copied(grad.T), rows)).T
+        return dx.reshape(x.shape), dkernel.reshape(kernel.shape), jnp.sum(grad, 0).reshape(kernel.shape[inputs:])
 
-    dx, dkernel, dbias = lax.platform_dependent(x, kernel, slopes, cpu=of_matrices, default=plain)
+    dx, dkernel, dbias = lax.platform_dependent(x, kernel, grad, cpu=flattened, default=plain)
     return dx, dkernel, None if bias is None else dbias.astype(bias.dtype)
 
 
 def copied(x: Array) -> Array:
-    """x, which XLA for CPUs may not fold into the product that reads it.
+    """x, materialized so that XLA for CPUs cannot fold it into the product that reads it.
 
-    YNNPACK's product, which is quicker than Eigen's and shares its work better between two cores, wants the rows that
-    it adds over to be the last axis: of a transposed operand, made for it. XLA would put the transposition back into
-    the product, and give that to Eigen. Kernels of the same x share the copy.
+    YNNPACK's matrix product is faster than Eigen's and splits better over two cores, but needs the contracted axis last
+    in memory. XLA would fold the transposition into the product and use Eigen. Kernels that share x share the copy.
     """
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 

@@ -1,4 +1,4 @@
-"""Layers one after another: a scan over stacked parameters, or each layer by itself; what their backward pass keeps."""
+"""Stacks of layers, as a scan over stacked parameters or as a loop, and their rematerialization policies."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from jax import lax
 
 from coca_jax.model.attention import KERNEL_OUTPUT
 from coca_jax.model.norms import STATISTICS
-from coca_jax.sharding import in_order
+from coca_jax.sharding import keep_axis_order
 
-_keep = jax.checkpoint_policies
-# What config.REMAT says is kept, by its names. Products with their biases: without them, as JAX's own policies keep
-# them, adding the bias is a pass over memory of its own, forth and when it is computed again (docs/log.md). The TPU
-# kernel's output is kept with the products: running it again costs more.
+_policies = jax.checkpoint_policies
+# Tensors that each policy of config.REMAT saves. Products are saved with their bias added: saved without it, as by
+# JAX's own policies, adding the bias costs another pass over memory, forward and in recomputation (docs/log.md). The
+# TPU kernel's output is saved with the products, because running it again costs more.
 _REMAT = {
-    "dots": _keep.save_only_these_names("qkv", "up", "outputs", KERNEL_OUTPUT, STATISTICS),
-    "qkv": _keep.save_only_these_names("qkv", "outputs", KERNEL_OUTPUT, STATISTICS),
-    "outputs": _keep.save_only_these_names("outputs", STATISTICS),
-    "everything": _keep.nothing_saveable,
+    "dots": _policies.save_only_these_names("qkv", "up", "outputs", KERNEL_OUTPUT, STATISTICS),
+    "qkv": _policies.save_only_these_names("qkv", "outputs", KERNEL_OUTPUT, STATISTICS),
+    "outputs": _policies.save_only_these_names("outputs", STATISTICS),
+    "everything": _policies.nothing_saveable,
 }
 
 
-def rematerialised(module: Any, remat: str, *, prevent_cse: bool = True) -> Any:
-    """A module class whose backward pass computes again what `remat`, a key of config.REMAT, says.
+def rematerialize(module: Any, remat: str, *, prevent_cse: bool = True) -> Any:
+    """Module class whose backward pass recomputes what the policy `remat`, a key of config.REMAT, does not save.
 
-    none and attention change nothing here: the latter is `layers.Attention.recompute`.
+    The policies none and attention change nothing here; the latter is handled by `layers.Attention.recompute`.
 
     Args:
-      module: class.
-      remat: policy.
-      prevent_cse: must be True but inside a scan, where it is of no use and hinders the compiler: outside, the compiler
-        sees that what is computed again has been computed already, and keeps it after all.
+      module: Module class.
+      remat: Policy name.
+      prevent_cse: Must be True outside a scan, where the compiler would otherwise merge the recomputation with the
+        original and keep its result. Inside a scan it is unnecessary and slows the program.
     """
     if remat not in _REMAT:
         return module
@@ -52,17 +52,17 @@ def stack(
     scan_unroll: int,
     name: str | None = None,
 ) -> Any:
-    """`depth` layers as one module: parameters stacked on a leading axis, of the same names and values either way.
+    """`depth` layers as one module, scanned or looped over with the same stacked parameters.
 
     Args:
-      layer: a module whose call takes what goes through the layers, then other arguments, and returns what goes on and
-        what the layer has made besides (an array, a tree or None), which is stacked.
-      attributes: of each layer.
-      axes: of the other arguments: 0 for what has a leading axis of layers, `nn.broadcast` for what all of them get.
-      depth: layers, 1 or more.
-      remat: policy, a key of config.REMAT.
-      scan_unroll: layers a step of the scan holds, which compiles as many; 0, or depth and more: no scan (`Loop`).
-      name: of the module.
+      layer: Module class. Its call takes the carried value and further arguments, and returns the new carried value and
+        an extra output (an array, a tree or None), which is stacked.
+      attributes: Attributes of every layer.
+      axes: One entry per further argument: 0 if it has a leading layer axis, `nn.broadcast` if all layers share it.
+      depth: Number of layers, 1 or more.
+      remat: Policy, a key of config.REMAT.
+      scan_unroll: Layers per scan step, all of which are compiled; 0, or `depth` and more: no scan (`Loop`).
+      name: Module name.
     """
     if scan_unroll == 0 or scan_unroll >= depth:
         return Loop(layer, attributes, axes, depth, remat, name=name)
@@ -79,7 +79,7 @@ def _scanned(
     name: str | None = None,
 ) -> Any:
     scanned = nn.scan(
-        rematerialised(layer, remat, prevent_cse=False),
+        rematerialize(layer, remat, prevent_cse=False),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=axes,
@@ -90,14 +90,14 @@ def _scanned(
 
 
 class Loop(nn.Module):
-    """What the scan computes, each layer by itself, with parameters that are held `apart` once for the whole pass.
+    """The computation of the scan as a Python loop, with the parameters unstacked once for the whole pass.
 
-    A scan copies each layer's parameters out of their stack, what its backward pass needs into stacks and out again,
-    and gradients into stacks that begin as zeros: on CPUs a tenth of a train step (docs/log.md). Nor can every program
-    to which a model is exported have one. A scan is compiled in the time of one layer, a loop in that of all.
+    A scan copies each layer's parameters out of their stack, residuals into and out of stacks, and gradients into
+    zero-initialized stacks: a tenth of a training step on CPUs (docs/log.md). Some export formats do not support scans.
+    A scan compiles in the time of one layer, a loop in that of all layers.
 
-    Attributes: as the arguments of `stack`. Parameters are stacked, or each layer's under its number; an argument with
-    an axis of layers is stacked or a tuple of each layer's, and what comes back is like it.
+    Attributes are the arguments of `stack`. Parameters are either stacked or stored per layer under its number. An
+    argument with a layer axis is stacked or a tuple with one entry per layer; the output has the same form.
     """
 
     layer: type[nn.Module]
@@ -107,39 +107,39 @@ class Loop(nn.Module):
     remat: str
 
     def setup(self) -> None:
-        # Initial values are the scan's, and of its names.
+        # Initialize through the scan, for the same values and names.
         self.scanned = _scanned(self.layer, self.attributes, self.axes, self.depth, self.remat)
         nn.share_scope(self, self.scanned)
 
     def __call__(self, x: Any, *rest: Any) -> tuple[Any, Any]:
         if self.is_initializing():
-            made: tuple[Any, Any] = self.scanned(x, *rest)
-            return made
+            initialized: tuple[Any, Any] = self.scanned(x, *rest)
+            return initialized
         held = self.variables["params"]
-        params = [held[str(layer)] for layer in range(self.depth)] if "0" in held else apart(held, self.depth)
-        arguments = [self._of_layers(given, axis) for given, axis in zip(rest, self.axes, strict=True)]
-        layer = rematerialised(self.layer, self.remat)(**self.attributes, parent=None)
+        params = [held[str(layer)] for layer in range(self.depth)] if "0" in held else unstack(held, self.depth)
+        arguments = [self._per_layer(argument, axis) for argument, axis in zip(rest, self.axes, strict=True)]
+        layer = rematerialize(self.layer, self.remat)(**self.attributes, parent=None)
         outputs: list[Any] = []
         for layer_params, *layer_arguments in zip(params, *arguments, strict=True):
-            x, made_besides = layer.apply({"params": layer_params}, in_order(x), *layer_arguments)
-            outputs.append(made_besides)
-        if any(isinstance(given, tuple) for given in rest):
+            x, output = layer.apply({"params": layer_params}, keep_axis_order(x), *layer_arguments)
+            outputs.append(output)
+        if any(isinstance(argument, tuple) for argument in rest):
             return x, tuple(outputs)
-        # jnp.stack is a primitive of its own (jax 0.10.2), which jax2onnx does not know.
+        # jnp.stack is a primitive (jax 0.10.2) that jax2onnx does not support.
         return x, jax.tree.map(lambda *leaves: jnp.concatenate([leaf[None] for leaf in leaves]), *outputs)
 
-    def _of_layers(self, given: Any, axis: Any) -> tuple[Any, ...]:
+    def _per_layer(self, argument: Any, axis: Any) -> tuple[Any, ...]:
         if axis == nn.broadcast:
-            return (given,) * self.depth
-        return given if isinstance(given, tuple) else apart(given, self.depth)
+            return (argument,) * self.depth
+        return argument if isinstance(argument, tuple) else unstack(argument, self.depth)
 
 
-def apart(stacked: Any, depth: int) -> tuple[Any, ...]:
-    """The layers of a stack of parameters or of a cache, each in arrays of its own.
+def unstack(stacked: Any, depth: int) -> tuple[Any, ...]:
+    """Split stacked parameters, or a stacked cache, into separate arrays per layer.
 
-    A loop that goes through the layers again and again, as decoding does for each token, then reads them where they
-    are. Out of a stack XLA for CPUs copies each layer first, every time: as much memory traffic again, twice over. And
-    the gradient of a split is one concatenation, where that of an index is the whole stack for each layer.
+    Decoding runs all layers for every token and reads separate arrays in place. From a stack, XLA for CPUs first copies
+    each layer every time, which doubles the memory traffic twice over. The gradient of a split is one concatenation;
+    that of an index is a whole stack per layer.
     """
     leaves, tree = jax.tree.flatten(stacked)
     layers = [[layer.squeeze(0) for layer in lax.split(leaf, (1,) * depth)] for leaf in leaves]

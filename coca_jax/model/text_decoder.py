@@ -1,8 +1,8 @@
 """The decoupled text decoder (CoCa paper, section 3.2).
 
-The unimodal half is causal self-attention only; a learned [CLS] token is appended, whose output is the text embedding.
-The multimodal half reads the unimodal tokens and, by cross-attention, the image. Axes: b batch, t text tokens, d width,
-v vocabulary, q image tokens.
+The unimodal half has only causal self-attention; a learned [CLS] token is appended, whose output is the text embedding.
+The multimodal half reads the unimodal tokens and cross-attends to the image. Axes: b batch, t text tokens, d width, v
+vocabulary, q image tokens.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from coca_jax.sharding import shard
 
 @flax.struct.dataclass
 class DecoderCache:
-    """What decoding carries from token to token: both halves' caches, and the next position.
+    """Decoding state: the caches of both halves and the next position.
 
     Attributes:
-      unimodal, multimodal: stacked, or a tuple of each layer's.
-      index: of the next token.
+      unimodal, multimodal: Stacked caches, or a tuple with one cache per layer.
+      index: Position of the next token.
     """
 
     unimodal: layers.Cache | tuple[layers.Cache, ...]
@@ -38,13 +38,13 @@ class DecoderCache:
 
     @property
     def length(self) -> int:
-        """The tokens it has room for."""
+        """Capacity in tokens."""
         first = self.unimodal[0] if isinstance(self.unimodal, tuple) else self.unimodal
         return first.keys.shape[-2]
 
 
 class TextDecoder(nn.Module):
-    """Both halves, with their embedding and output head."""
+    """Both halves, with token embedding and output head."""
 
     model: config.Model
 
@@ -72,26 +72,26 @@ class TextDecoder(nn.Module):
                 self.lm_head = LanguageModelHead(self.model)
 
     def embed(self, tokens: Int[Array, "b t"], index: Int[Array, ""] | int = 0) -> Float[Array, "b t d"]:
-        x = look_up(self.token_embedding, tokens)
+        x = embed_tokens(self.token_embedding, tokens)
         position = jax.lax.dynamic_slice_in_dim(self.position_embedding, index, tokens.shape[1])
         return shard(x + position.astype(x.dtype)[None], "batch", None, "width")
 
     def encode(
         self, tokens: Int[Array, "b t"], *, cls: bool = True
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"] | None]:
-        """The unimodal half.
+        """Run the unimodal half.
 
         Args:
-          tokens: ids, padded behind with `pad_id`; t may be anything up to the configured length, and more padding
-            changes nothing.
-          cls: whether [CLS] is appended; without it the half costs one token less.
+          tokens: Token ids, padded at the end with `pad_id`. t may be any length up to the configured one; additional
+            padding does not change the result.
+          cls: Append [CLS]; without it the half processes one token less.
 
         Returns:
-          The tokens' outputs before any final norm, which the multimodal half reads, and the normalised output of
+          Hidden states of the tokens before any final norm, for the multimodal half, and the normalized output of
           [CLS].
 
         Raises:
-          ValueError: the text is longer than the positions.
+          ValueError: The text is longer than the model's positions.
         """
         c, dtype = self.model.text, jnp.dtype(self.model.dtype)
         t = tokens.shape[1]
@@ -100,7 +100,7 @@ class TextDecoder(nn.Module):
         x = self.embed(tokens)
         mask = None
         if cls:
-            # [CLS] has the last position whatever the padded length, so that padding does not move it.
+            # [CLS] always has the last position, so that the amount of padding does not change its embedding.
             last = self.cls_embedding + self.position_embedding[c.length]
             x = jnp.concatenate([x, jnp.broadcast_to(last.astype(dtype), (x.shape[0], 1, c.width))], axis=1)
             mask = cls_mask(tokens, c.pad_id, c.cls_mask)
@@ -108,11 +108,11 @@ class TextDecoder(nn.Module):
         return (x[:, :t], self.cls_norm(x[:, t])) if cls else (x, None)
 
     def decode(self, text_hidden: Float[Array, "b t d"], image_tokens: Float[Array, "b q d"]) -> Float[Array, "b t d"]:
-        """The multimodal half: hidden states whose product with the output head is the logits."""
+        """Run the multimodal half; the product of its hidden states with the output head is the logits."""
         return self.final_norm(self.multimodal(text_hidden, image_tokens=image_tokens))
 
     def head(self) -> Float[Array, "d v"]:
-        """The output head's kernel, for a loss that does not hold all the logits."""
+        """Kernel of the output head, for losses that do not materialize all logits."""
         return self.token_embedding.embedding.T if self.model.text.tie_embeddings else self.lm_head()
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
@@ -138,11 +138,11 @@ class TextDecoder(nn.Module):
         cache: DecoderCache,
         image_tokens: Float[Array, "b q d"] | None = None,
     ) -> tuple[Float[Array, "b s v"], DecoderCache]:
-        """Logits of the next s tokens after those in the cache, and the cache with them in it.
+        """Logits for the s tokens that follow the cached ones, and the cache extended by them.
 
-        The image tokens are given with the first step only: their keys and values stay in the cache.
+        Pass the image tokens with the first step only; their keys and values stay in the cache.
         """
-        assert cache.multimodal is not None  # n_multi=0 has nothing to decode with
+        assert cache.multimodal is not None  # n_multi=0 has no decoder
         s, m = tokens.shape[1], cache.length
         position = cache.index + jnp.arange(s)
         mask = (jnp.arange(m)[None, :] <= position[:, None])[None, None]
@@ -154,7 +154,7 @@ class TextDecoder(nn.Module):
 
 
 class Half(nn.Module):
-    """A causal stack of layers; with `cross` each also reads the image tokens."""
+    """A stack of causal layers; with `cross`, each layer also attends to the image tokens."""
 
     model: config.Model
     depth: int
@@ -197,7 +197,7 @@ class Half(nn.Module):
 
 
 class LanguageModelHead(nn.Module):
-    """The kernel `[d, v]` of the output softmax; no bias."""
+    """Kernel `[d, v]` of the output softmax, without bias."""
 
     model: config.Model
 
@@ -208,11 +208,11 @@ class LanguageModelHead(nn.Module):
         return self.param("kernel", init, (c.width, c.vocab_size), jnp.dtype(self.model.param_dtype))
 
 
-def look_up(table: nn.Embed, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    """The tokens' rows of an embedding.
+def embed_tokens(table: nn.Embed, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Token embeddings, arranged so that the table is never gathered.
 
-    A device has some columns of the table, which is longer than its texts: better to move ids and rows than to gather
-    the table. Each looks up its columns for all of its replica, then columns are exchanged for texts.
+    Each device holds some columns of the table, which is larger than its texts, so moving ids and rows is cheaper. A
+    device looks up its columns for all texts of its replica; then columns are exchanged for texts.
     """
     return shard(table(shard(tokens, "replicas", None)), "replicas", None, "embed")
 
@@ -224,14 +224,14 @@ def output_logits(hidden: Float[Array, "b t d"], head: Float[Array, "d v"]) -> F
 
 
 def cls_mask(tokens: Int[Array, "b t"], pad_id: int, kind: str) -> Mask:
-    """Who may see whom, s = t + 1 with [CLS] last: text is causal, [CLS] sees real tokens.
+    """Attention mask with [CLS] last, s = t + 1: text is causal, [CLS] attends to real tokens.
 
     Args:
-      tokens: ids.
-      pad_id: of padding.
-      kind: `full`: [CLS] sees the tokens that are not padding, and itself. `legacy`: open_clip's, whose key mask is
-        shifted by one (`[True, tokens != pad]`), so that [CLS] sees one padding position and, if there is padding, not
-        itself.
+      tokens: Token ids.
+      pad_id: Id of the padding token.
+      kind: `full`: [CLS] attends to itself and to all tokens except padding. `legacy`: as in open_clip, whose key mask
+        is shifted by one (`[True, tokens != pad]`), so that [CLS] attends to one padding position and, if there is
+        padding, not to itself.
     """
     real = tokens != pad_id
     always = jnp.ones_like(real[:, :1])
@@ -242,13 +242,13 @@ def cls_mask(tokens: Int[Array, "b t"], pad_id: int, kind: str) -> Mask:
     return jnp.where(is_cls, seen[:, None, :], causal)[:, None]
 
 
-def last_place(tokens: Any, pad_id: int) -> Any:
-    """The place of each text's last token that is not padding, int32 `[b]`, 0 where there is none.
+def last_token_position(tokens: Any, pad_id: int) -> Any:
+    """Position of each text's last token before padding, int32 `[b]`; 0 for a text of padding alone.
 
-    Not a count: CLIP's vocabulary pads with an id that also stands inside of texts, the "!" of "!(".
+    Not a count, because CLIP's vocabulary pads with an id that also occurs within texts, the "!" of "!(".
 
     Args:
-      tokens: int32 `[b, t]`, of NumPy or JAX, as the result is then.
-      pad_id: the padding's id.
+      tokens: int32 `[b, t]`, a NumPy or a JAX array; the result is of the same kind.
+      pad_id: Id of the padding token.
     """
     return ((tokens != pad_id) * np.arange(tokens.shape[1], dtype=np.int32)[None]).max(axis=1)

@@ -1,4 +1,4 @@
-"""What a training run will need, found before it runs: memory, operations, traffic, time. See docs/planner.md.
+"""What a training run needs, before it runs: memory, operations, traffic, time. See docs/planner.md.
 
 python -m coca_jax.plan --config=configs/coca_giant.py --topology=v4:8x16x16
 """

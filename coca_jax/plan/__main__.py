@@ -1,12 +1,12 @@
-"""Compiles the training step for TPU chips that are not there; says whether it fits, how fast it may be, what it costs.
+"""Compile the training step for TPU chips without having them; report memory, estimated speed and cost.
 
     python -m coca_jax.plan --config=configs/coca_giant.py --topology=v4:8x16x16
     python -m coca_jax.plan --config=configs/coca_large.py --topology=v5e:16x16 --search --json=plans.json
 
-It needs libtpu (pip install "coca_jax[plan]") and no TPU. Any key of the configuration can be set after the file, as
-for training: --config.batch_size=16384. The exit status is 0 where the plan fits (with --search: one of them), 3 where
-it is too large (with --search: all of them), 4 where that is not known, as the compiler failed or was ended by
---timeout, and 1 where the question could not be asked. docs/planner.md says what the figures mean.
+Needs libtpu (pip install "coca_jax[plan]") but no TPU. Configuration keys can be set as for training:
+--config.batch_size=16384. Exit status: 0 if the plan fits (with --search: if any does), 3 if it is too large (with
+--search: if all are), 4 if that is unknown because the compiler failed or --timeout stopped it, 1 for invalid input.
+docs/planner.md explains the figures.
 """
 
 from __future__ import annotations
@@ -27,46 +27,52 @@ from coca_jax.plan import search as searching
 from coca_jax.plan import topology as topologies
 from coca_jax.plan.estimate import Plan
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a file in configs/.", lock_config=True)
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "One slice of chips, e.g. v4:8x16x16, v5e:16x16, v5p:8x8x8, v6e:16x16."
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, e.g. configs/coca_large.py.", lock_config=True
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "How many such slices; mesh.dcn_replica or dcn_fsdp gives them an axis.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Type and shape of one TPU slice, e.g. v4:8x16x16, v5e:16x16, v5p:8x8x8, v6e:16x16."
+)
+_SLICES = flags.DEFINE_integer(
+    "slices", 1, "Number of slices; mesh.dcn_replica or mesh.dcn_fsdp gives them a mesh axis."
+)
 _JSON = flags.DEFINE_string(
-    "json", None, "File for the same figures as JSON; with --search a list, in the order tried."
+    "json", None, "Write the figures to this file as JSON; with --search a list, in the order tried."
 )
 _SEARCH = flags.DEFINE_bool(
-    "search", False, "Try meshes, microbatches and remat policies; list what fits, fastest first."
+    "search", False, "Try meshes, microbatches and remat policies; list those that fit, fastest first."
 )
-_TRIES = flags.DEFINE_integer("tries", 12, "Compilations that --search may make.", lower_bound=1)
-_TIMEOUT = flags.DEFINE_float("timeout", 1500, "Seconds that one compilation may take.", lower_bound=1)
+_TRIES = flags.DEFINE_integer("tries", 12, "Maximum number of compilations in --search.", lower_bound=1)
+_TIMEOUT = flags.DEFINE_float("timeout", 1500, "Time limit of one compilation in seconds.", lower_bound=1)
 _EFFICIENCY = flags.DEFINE_float(
-    "efficiency", estimate.EFFICIENCY, "Share of the peak that matrix products reach, 0..1."
+    "efficiency", estimate.EFFICIENCY, "Assumed share of peak FLOP/s that matrix products reach, above 0 and at most 1."
 )
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        sys.exit(f"error: unknown argument {argv[1]!r}: settings are written --config.key=value")
+        sys.exit(f"error: unknown argument {argv[1]!r}: write settings as --config.key=value")
     if not _CONFIG.value or not _TOPOLOGY.value:
-        missing = "--topology=v5e:16x16 or another one" if _CONFIG.value else "--config=configs/NAME.py"
-        sys.exit(f"error: {missing} is needed")
+        missing = (
+            "--topology, e.g. --topology=v5e:16x16" if _CONFIG.value else "--config, e.g. --config=configs/NAME.py"
+        )
+        sys.exit(f"error: missing {missing}")
     if not 0 < _EFFICIENCY.value <= 1:
-        sys.exit(f"error: --efficiency={_EFFICIENCY.value:g} must be more than 0 and at most 1")
+        sys.exit(f"error: --efficiency={_EFFICIENCY.value:g} must be above 0 and at most 1")
     try:
-        topology = topologies.read(_TOPOLOGY.value, _SLICES.value)
-        c = recipe.as_it_will_run(config.from_config_dict(_CONFIG.value))
+        topology = topologies.parse_topology(_TOPOLOGY.value, _SLICES.value)
+        c = recipe.resolve(config.from_config_dict(_CONFIG.value))
         config.check(c, topology.chips, slice_count=topology.slices, platform="tpu")
     except config.ConfigError as error:
         sys.exit(f"error: {error}")
     if _JSON.value:
-        try:  # before minutes of compiling
+        try:  # fail before minutes of compiling
             with open(_JSON.value, "a"):
                 pass
         except OSError as error:
             sys.exit(f"error: --json={_JSON.value} cannot be written: {error.strerror}")
     if importlib.util.find_spec("libtpu") is None:
-        sys.exit('error: libtpu is not installed, which compiles for TPUs: pip install "coca_jax[plan]"')
+        sys.exit('error: compiling for TPUs needs libtpu: pip install "coca_jax[plan]"')
     name = os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]))
     plans = _search(c, topology) if _SEARCH.value else [_one(c, topology)]
     if _JSON.value:
@@ -79,9 +85,9 @@ def main(argv: list[str]) -> None:
 
 
 def _one(c: config.Config, topology: topologies.Topology) -> Plan:
-    # How long the compiler will take is not known: what it has taken is shown, and what it may take at most.
-    shown = f"compiling for {topology}: {{elapsed}}, ended after {_TIMEOUT.value:.0f} s"
-    with tqdm.tqdm(bar_format=shown, leave=False, disable=None) as bar:
+    # The duration is unknown, so show the elapsed time and the limit.
+    bar_format = f"compiling for {topology}: {{elapsed}}, timeout {_TIMEOUT.value:.0f} s"
+    with tqdm.tqdm(bar_format=bar_format, leave=False, disable=None) as bar:
         return _plan(c, topology, bar.refresh)
 
 

@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass, counted in the traced loss."""
+"""Memory of activations kept from the forward to the backward pass, counted in the traced loss."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from coca_jax.train import frozen
 from coca_jax.train.state import abstract_parameters, frames_of
 from coca_jax.train.step import loss_function
 
-_ROWS = 64  # enough that what grows with the square of the rows is small beside what grows with them
+_ROWS = 64  # large enough that terms quadratic in the rows are small beside the linear ones
 
 
-def bytes_of_a_row(c: config.Config, rows: float) -> float:
-    """Bytes that each image-text pair adds to what is kept from the forward to the backward pass.
+def residual_bytes_per_row(c: config.Config, rows: float) -> float:
+    """Bytes per image-text pair that are kept from the forward to the backward pass.
 
-    It is the program as written, remat policies included. The compiler may keep less, by computing more again.
+    Counts the program as written, including remat policies. The compiler may keep less by recomputing more.
 
     Args:
-      c: configuration; no mesh may be set.
-      rows: of a device and a microbatch, which tell whether the captioning loss works in chunks there.
+      c: Configuration; no mesh may be set.
+      rows: Rows per device and microbatch; they decide whether the captioning loss is chunked.
     """
-    # Decided for these rows: of the two numbers that are counted one might be in chunks and the other not.
-    at_once = not 0 < c.loss.caption_chunk < rows * c.model.text.length
-    c = dataclasses.replace(c, loss=dataclasses.replace(c.loss, caption_chunk=0 if at_once else 1))
-    return (_kept(c, 2 * _ROWS) - _kept(c, _ROWS)) / _ROWS
+    # Decide for these rows, because of the two row counts below one might be chunked and the other not.
+    unchunked = not 0 < c.loss.caption_chunk < rows * c.model.text.length
+    c = dataclasses.replace(c, loss=dataclasses.replace(c.loss, caption_chunk=0 if unchunked else 1))
+    return (_residual_bytes(c, 2 * _ROWS) - _residual_bytes(c, _ROWS)) / _ROWS
 
 
-def _kept(c: config.Config, rows: int) -> int:
+def _residual_bytes(c: config.Config, rows: int) -> int:
     c = dataclasses.replace(c, batch_size=rows, microbatches=1)
     size, length = c.model.image.size, c.model.text.length
     batch = {
@@ -43,6 +43,6 @@ def _kept(c: config.Config, rows: int) -> int:
         trained, fixed = frozen.split(params, frozen.patterns(c))
         return jax.vjp(lambda p: loss_function(c, frozen.join(p, fixed), batch)[0], trained)[1]
 
-    # The backward pass is a tree, whose leaves are what it needs of the forward pass.
+    # The backward function is a pytree whose leaves are the saved residuals.
     leaves = jax.tree.leaves(jax.eval_shape(backward, abstract_parameters(c), batch))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -1,9 +1,7 @@
-"""Compiles the real training step for a slice that is not there, and measures the program. In a process of its own.
+"""Compile the real training step for an absent slice and measure the program, in a separate process.
 
-    measure(c, topology, timeout=1500)
-
-A process of its own, because a compilation cannot be interrupted otherwise, because libtpu may end the process that it
-is in, and because it writes to the terminal what nobody needs.
+A separate process, because a compilation cannot be interrupted otherwise, and because libtpu may abort its process and
+writes noise to the terminal.
 """
 
 from __future__ import annotations
@@ -29,16 +27,16 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What is known of a compiled step. Bytes and FLOPs are those of one chip and one step.
+    """Properties of a compiled step. Bytes and FLOPs are per chip and per step.
 
     Attributes:
-      memory: bytes by kind; empty where the program did not compile.
-      needed: bytes in all, also where they are more than there are; 0 where even that is not known.
-      executed_flops: of the matrix products that are computed, those of recomputation and of the optimiser included.
-      uncounted: parts whose products cannot be counted (a kernel that does not say), by name.
-      collectives, exposed, hbm, hbm_apart, product_cycles, unknown_loops: see hlo.Traffic.
-      compile_seconds: how long lowering and compiling took.
-      error: why there is no program; empty if there is one.
+      memory: Bytes by kind; empty if the program did not compile.
+      needed: Total bytes, also if the chip has less memory; 0 if unknown.
+      executed_flops: FLOPs of all matrix products that run, including recomputation and the optimizer.
+      uncounted: Names of parts whose products cannot be counted (kernels without a cost estimate).
+      collectives, exposed, hbm, hbm_apart, product_cycles, unknown_loops: See hlo.Traffic.
+      compile_seconds: Time for lowering and compiling.
+      error: Why there is no program; empty if there is one.
     """
 
     memory: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -58,46 +56,48 @@ class Measured:
 def measure(
     c: config.Config, topology: Topology, timeout: float, tick: Callable[[], object] = lambda: None
 ) -> Measured:
-    """Compiles in another process and waits for it.
+    """Compile in another process and wait for it.
 
     Args:
-      c: checked against the topology.
-      topology: to compile for.
-      timeout: seconds, after which the process is ended.
-      tick: called about once a second.
+      c: Configuration, already checked against the topology.
+      topology: Topology to compile for.
+      timeout: Seconds after which the process is killed.
+      tick: Called about once a second.
 
     Returns:
-      What was measured; with `error` set where it did not compile, was too slow, or its process died.
+      The measurements, with `error` set if compilation failed, timed out, or its process died.
     """
-    order = {"config": json.loads(config.to_json(c)), "topology": topology.name, "slices": topology.slices}
+    request = {"config": json.loads(config.to_json(c)), "topology": topology.name, "slices": topology.slices}
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # do not ask Google Cloud what machine this is
+        "TPU_SKIP_MDS_QUERY": "1",  # do not query Google Cloud's metadata server
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # a kept program cannot be measured, and was not compiled now
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # a cached program has no measurements or compile time
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        answer = os.path.join(folder, "answer.json")
-        with open(os.path.join(folder, "said"), "w+", errors="replace") as said:
+    with tempfile.TemporaryDirectory() as directory:
+        answer = os.path.join(directory, "answer.json")
+        with open(os.path.join(directory, "log"), "w+", errors="replace") as log:
             child = subprocess.Popen(
                 [sys.executable, "-m", "coca_jax.plan.compiled", answer],
                 stdin=subprocess.PIPE,
-                stdout=said,
-                stderr=said,
+                stdout=log,
+                stderr=log,
                 env=environment,
                 text=True,
             )
             try:
                 assert child.stdin
                 with contextlib.suppress(BrokenPipeError), child.stdin:
-                    json.dump(order, child.stdin)
+                    json.dump(request, child.stdin)
                 while child.poll() is None:
                     seconds = time.monotonic() - started
                     if seconds > timeout:
-                        return Measured(compile_seconds=seconds, error=f"not compiled in {timeout:.0f} s (--timeout)")
+                        return Measured(
+                            compile_seconds=seconds, error=f"compilation exceeded --timeout={timeout:.0f} s"
+                        )
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         child.wait(min(1.0, timeout - seconds + 0.001))
                     tick()
@@ -108,15 +108,15 @@ def measure(
                 with open(answer) as file:
                     values = json.load(file)
                 return Measured(**{**values, "uncounted": tuple(values["uncounted"])})
-            said.seek(0)
-            lines = [line for line in said.read().splitlines() if line.strip()]
+            log.seek(0)
+            lines = [line for line in log.read().splitlines() if line.strip()]
         seconds = time.monotonic() - started
         reason = lines[-1] if lines else f"exit status {child.returncode}"
-        return Measured(compile_seconds=seconds, error=f"the compiling process ended: {' '.join(reason.split())[:500]}")
+        return Measured(compile_seconds=seconds, error=f"the compiler process died: {' '.join(reason.split())[:500]}")
 
 
-def too_large(message: str) -> float | None:
-    """Bytes that a program would take, from the compiler's message that they are too many; None of other messages."""
+def out_of_memory_bytes(message: str) -> float | None:
+    """Bytes that a program needs, parsed from the compiler's out-of-memory message; None for other messages."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     if found := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message):
         return float(found.group(1)) * units[found.group(2)]
@@ -126,11 +126,11 @@ def too_large(message: str) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In the other process
+# Runs in the other process
 
 
 def compile_here(c: config.Config, topology: Topology) -> Measured:
-    """Compiles in this process, whose environment is as `measure` sets it."""
+    """Compile in this process, whose environment `measure` has set."""
     import jax
     from jax.experimental import topologies
 
@@ -147,13 +147,13 @@ def compile_here(c: config.Config, topology: Topology) -> Measured:
 
 
 def compile_on(c: config.Config, mesh: Any) -> Measured:
-    """Compiles in this process for a mesh of devices, there or not."""
+    """Compile in this process for a mesh of devices, which need not be present."""
     import jax
 
     from coca_jax.plan import activations, hlo, products
 
     rows = c.batch_size / c.microbatches / (mesh.shape["replica"] * mesh.shape["fsdp"])
-    kept = activations.bytes_of_a_row(c, rows) * rows
+    residual_bytes = activations.residual_bytes_per_row(c, rows) * rows
     traced, state, batch = trace_step(c, mesh)
     with jax.set_mesh(mesh):
         count = products.flops(traced.jaxpr.jaxpr, mesh.size)
@@ -162,14 +162,14 @@ def compile_on(c: config.Config, mesh: Any) -> Measured:
             program = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             return Measured(
-                needed=too_large(str(error)) or 0.0,
+                needed=out_of_memory_bytes(str(error)) or 0.0,
                 executed_flops=count.flops / mesh.size,
                 uncounted=tuple(sorted(count.unknown)),
                 compile_seconds=time.monotonic() - started,
                 error=_first_line(error),
             )
         seconds = time.monotonic() - started
-        memory = _memory(program.memory_analysis(), state, batch, kept)
+        memory = _memory(program.memory_analysis(), state, batch, residual_bytes)
         try:
             text = program.as_text()
         except jax.errors.JaxRuntimeError as error:
@@ -198,17 +198,17 @@ def compile_on(c: config.Config, mesh: Any) -> Measured:
 
 
 def unreadable(error: BaseException) -> str:
-    """Why a compiled program has no text, and what helps: libtpu may be newer than what this jaxlib understands."""
-    wanted = [r.split(";")[0].strip() for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")]
+    """Explain why a compiled program has no text: libtpu may be newer than what this jaxlib can read."""
+    required = [r.split(";")[0].strip() for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")]
     versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jaxlib", "libtpu"))
     return (
-        f"compiled, but {versions} do not go together ({_first_line(error)}): pip install '{wanted[0]}', which this "
-        "JAX is released with"
+        f"compiled, but {versions} are incompatible ({_first_line(error)}): pip install '{required[0]}', the version "
+        "for this JAX"
     )
 
 
 def trace_step(c: config.Config, mesh: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """The training step traced for a mesh (a `jax.stages.Traced`), and the shapes of its state and batch."""
+    """Trace the training step for a mesh (a `jax.stages.Traced`); also return the shapes of its state and batch."""
     import jax
 
     from coca_jax import sharding
@@ -224,8 +224,8 @@ def trace_step(c: config.Config, mesh: Any) -> tuple[Any, Any, dict[str, Any]]:
         return step.trace(state, batch), state, batch
 
 
-def abstract_batch(c: config.Config, place: Any) -> dict[str, Any]:
-    """A training batch as the pipeline places it, in shapes alone."""
+def abstract_batch(c: config.Config, sharding: Any) -> dict[str, Any]:
+    """Shapes of a training batch as the pipeline shards it."""
     import jax
     import jax.numpy as jnp
 
@@ -237,11 +237,11 @@ def abstract_batch(c: config.Config, place: Any) -> dict[str, Any]:
         "tokens": ((c.batch_size, c.model.text.length), jnp.int32),
         "problem": ((c.batch_size,), jnp.int8),
     } | ({"labels": ((c.batch_size,), jnp.int32)} if c.loss.lambda_cls else {})
-    return {name: jax.ShapeDtypeStruct(*shape, sharding=place) for name, shape in shapes.items()}
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
 
 
-def _memory(compiled: Any, state: Any, batch: Any, kept: float) -> dict[str, float]:
-    """Bytes of one chip by kind. Arguments are counted by their shards; what the compiler says beyond is padding."""
+def _memory(compiled: Any, state: Any, batch: Any, residual_bytes: float) -> dict[str, float]:
+    """Bytes per chip by kind. What the compiler reports for arguments beyond their shards is padding."""
     import jax
 
     def held(tree: Any) -> float:
@@ -258,10 +258,10 @@ def _memory(compiled: Any, state: Any, batch: Any, kept: float) -> dict[str, flo
         "batch": held(batch),
     }
     kinds["padding of these"] = max(0.0, compiled.argument_size_in_bytes - sum(kinds.values()))
-    # The new state takes the old one's place: what is left of the results are the metrics.
+    # The new state reuses the old one's buffers, so only metrics remain.
     kinds["results"] = float(compiled.output_size_in_bytes - compiled.alias_size_in_bytes)
-    # The compiler gives the sum. Where it has found a way to keep less, all that is not kept is none of it.
-    kinds["activations"] = min(kept, float(compiled.temp_size_in_bytes))
+    # The compiler reports the sum only. It may keep less than the trace suggests; then no temporaries remain.
+    kinds["activations"] = min(residual_bytes, float(compiled.temp_size_in_bytes))
     kinds["temporaries"] = compiled.temp_size_in_bytes - kinds["activations"]
     kinds["program"] = float(compiled.generated_code_size_in_bytes)
     return kinds
@@ -282,12 +282,12 @@ def _main(answer: str) -> None:
     from coca_jax import compiler
     from coca_jax.plan import topology as topologies
 
-    compiler.setup(["tpu"])  # the flags that a run on TPUs has
-    order = json.load(sys.stdin)
-    c = config.from_config_dict(order["config"])
+    compiler.setup(["tpu"])  # the compiler flags of a run on TPUs
+    request = json.load(sys.stdin)
+    c = config.from_config_dict(request["config"])
     try:
-        measured = compile_here(c, topologies.read(order["topology"], order["slices"]))
-    except Exception as error:  # what Python would print of it ends with a note of JAX's about tracebacks
+        measured = compile_here(c, topologies.parse_topology(request["topology"], request["slices"]))
+    except Exception as error:  # Python's output would end with JAX's note about tracebacks
         measured = Measured(error=f"{type(error).__name__}: {_first_line(error)}")
     with open(answer + ".partial", "w") as file:
         json.dump(dataclasses.asdict(measured), file)

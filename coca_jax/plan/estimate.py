@@ -1,15 +1,14 @@
-"""From a measured program to a plan: does it fit, how long will it take, what does it cost. Times are estimates.
+"""From a measured program to a plan: whether it fits, its time and its cost. Times are estimates.
 
-A chip computes one operation after the other, a product or something else, while memory is read ahead and collectives
-run in the background:
+A chip runs one operation at a time, a matrix product or another, while memory prefetches and collectives run in the
+background:
 
     max(products + traffic of the rest / bandwidth, all traffic / bandwidth, overlapped collectives / links)
         + collectives that the program waits for / links
 
-with products = max(executed FLOPs / (efficiency x peak), what the compiler expects of them): for each operation what
-limits it, after the roofline model (Williams et al. 2009, doi 10.1145/1498765.1498785). Left out: latency, the time of
-kernels beyond their products, contention on the links, the network between slices, input, evaluation, checkpoints,
-restarts.
+with products = max(executed FLOPs / (efficiency x peak), the compiler's expectation). Each operation takes what limits
+it, after the roofline model (Williams et al. 2009, doi 10.1145/1498765.1498785). Not included: latency, kernel time
+beyond their products, contention on the links, the network between slices, input, evaluation, checkpoints, restarts.
 """
 
 from __future__ import annotations
@@ -32,8 +31,10 @@ class Plan:
     """One configuration on one topology.
 
     Attributes:
-      c, topology, measured: what was compiled for what, and what was found.
-      efficiency: share of the chip's peak that matrix products are taken to reach.
+      c: Configuration.
+      topology: Chips it was compiled for.
+      measured: Measurements of the compiled step.
+      efficiency: Assumed share of the chip's peak that matrix products reach.
     """
 
     c: config.Config
@@ -48,34 +49,34 @@ class Plan:
         return config.mesh_shape(self.c.mesh, self.topology.chips, slice_count=slices, platform="tpu")
 
     @property
-    def mesh_of_a_slice(self) -> tuple[int, int, int]:
-        """The same inside one slice: what the keys config.mesh.replica, fsdp and tensor stand for."""
+    def slice_mesh(self) -> tuple[int, int, int]:
+        """Mesh sizes within one slice, as set by the keys config.mesh.replica, fsdp and tensor."""
         replica, fsdp, tensor = config.dcn_shape(self.c.mesh, self.topology.slices)
         return self.mesh[0] // replica, self.mesh[1] // fsdp, self.mesh[2] // tensor
 
     @property
     def fits(self) -> bool:
-        """The program compiled, and takes no more than the chip has."""
+        """Whether the program compiled and fits in the chip's memory."""
         return not self.measured.error and self.measured.needed <= self.topology.chip.usable_gib * GIB
 
     @property
     def hbm_gib(self) -> float | None:
-        """GiB a chip, also where it is too much; None where not even that is known."""
+        """GiB needed per chip, also if it is too much; None if unknown."""
         return self.measured.needed / GIB or None
 
     @property
     def missing_gib(self) -> float:
-        """GiB that a chip lacks; 0 where it fits or nothing is known."""
+        """GiB that a chip lacks; 0 if the plan fits or nothing is known."""
         return max(0.0, (self.hbm_gib or 0.0) - self.topology.chip.usable_gib)
 
     @property
     def model_flops(self) -> float:
-        """Of a step, over all chips, without recomputation."""
-        return flops.of_step(self.c)
+        """Model FLOPs per step over all chips, without recomputation."""
+        return flops.train_step_flops(self.c)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of one step, by what takes them: products, the rest's memory, all memory, links beside, links waited for."""
+        """Seconds per step of products, other operations' memory, all memory, overlapped and exposed collectives."""
         chip, m = self.topology.chip, self.measured
         peak = chip.peak_tflops * 1e12
         overlapped = sum(m.collectives.values()) - m.exposed
@@ -89,7 +90,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float | None:
-        """The estimate; None where there is no program."""
+        """Estimated seconds per step; None if there is no program."""
         if self.measured.error:
             return None
         products, apart, *overlapping, exposed = self.seconds.values()
@@ -97,43 +98,46 @@ class Plan:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs by what the chips could do in the estimated time."""
+        """Model FLOPs as a share of the chips' peak in the estimated time."""
         step = self.step_seconds
         peak = self.topology.chips * self.topology.chip.peak_tflops * 1e12
         return None if step is None else self.model_flops / (step * peak)
 
     @property
     def hours(self) -> float | None:
-        """Of the whole run."""
+        """Estimated hours of the whole run."""
         step = self.step_seconds
         return None if step is None else step * self.c.steps / 3600
 
     def advice(self) -> list[str]:
-        """What would make it smaller, most likely first; flags as they are written."""
+        """Changes that would reduce memory, most effective first, written as flags."""
         c, m = self.c, self.measured
-        found = []
+        suggestions = []
         policies = list(config.REMAT)
         for key in ("model.image.remat", "model.text.remat"):
             at = policies.index(config.get(c, key))
-            found += [f"--config.{key}={policies[-1]}"] if at < len(policies) - 1 else []
+            suggestions += [f"--config.{key}={policies[-1]}"] if at < len(policies) - 1 else []
         shards = self.mesh[0] * self.mesh[1]
-        # As if all of it grew with the batch: as many as would fit then, or as the batch allows.
+        # Assume that all memory grows with the batch; take as many microbatches as would then fit, or as the batch
+        # allows.
         wanted = c.microbatches * max(2.0, m.needed / (self.topology.chip.usable_gib * GIB))
         parts = [n for i in range(1, 20) if not c.batch_size % ((n := c.microbatches * 2**i) * shards)]
-        found += [f"--config.microbatches={min((n for n in parts if n >= wanted), default=parts[-1])}"] if parts else []
+        suggestions += (
+            [f"--config.microbatches={min((n for n in parts if n >= wanted), default=parts[-1])}"] if parts else []
+        )
         state = sum(m.memory.get(kind, 0.0) for kind in ("parameters", "optimizer", "moving average"))
-        replica, fsdp, _ = self.mesh_of_a_slice
+        replica, fsdp, _ = self.slice_mesh
         if replica > 1 and (not m.memory or state > 0.2 * m.needed):
-            n = next(n for n in range(2, replica + 1) if not replica % n)  # half of the copies, if that can be
-            found.append(f"--config.mesh.replica={replica // n} --config.mesh.fsdp={n * fsdp}")
+            n = next(n for n in range(2, replica + 1) if not replica % n)  # half of the copies, if possible
+            suggestions.append(f"--config.mesh.replica={replica // n} --config.mesh.fsdp={n * fsdp}")
         if c.optimizer.state_dtype != "bfloat16":
-            found.append("--config.optimizer.state_dtype=bfloat16")
+            suggestions.append("--config.optimizer.state_dtype=bfloat16")
         if c.optimizer.name != "adafactor" and c.optimizer.second_moment_dtype != "bfloat16":
-            found.append("--config.optimizer.second_moment_dtype=bfloat16")
-        return [*found, "more chips, or a smaller --config.batch_size"]
+            suggestions.append("--config.optimizer.second_moment_dtype=bfloat16")
+        return [*suggestions, "more chips, or a smaller --config.batch_size"]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in plain values; what is not known is None."""
+        """All figures as plain values; unknown ones are None."""
         m, (replica, fsdp, tensor) = self.measured, self.mesh
         hours = self.hours
         return {

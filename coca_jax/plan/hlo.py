@@ -1,7 +1,7 @@
-"""Reads a compiled program (XLA's HLO text): bytes between chips by kind of collective, and bytes of memory traffic.
+"""Parse a compiled program (XLA's HLO text): collective traffic by kind, and memory traffic.
 
 XLA's own `cost_analysis` counts the body of a loop once, and our layers are loops. Here each instruction counts as
-often as its loops run. Figures are of one chip: a partitioned program is what one of them runs.
+often as its loops run. Figures are per chip, since a partitioned program is what one chip runs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_PRODUCTS = ("convolution", "dot")  # a TPU's program has all products as convolutions
+_PRODUCTS = ("convolution", "dot")  # TPU programs express all products as convolutions
 _SENDING = (*COLLECTIVES, *(f"{kind}-start" for kind in COLLECTIVES))
 
-# They move nothing, or what they move is counted where it is used.
+# They move nothing, or their traffic is counted at their users.
 _FREE = {
     *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
     *("after-all", "partition-id", "replica-id", "opt-barrier"),
@@ -35,20 +35,20 @@ _FREE = {
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one chip moves in one run of a program, in bytes.
+    """Bytes that one chip moves in one run of a program.
 
     Attributes:
-      collectives: by kind, what a chip sends. Ring algorithms over g chips, of an array of size s in all: all-gather,
-        reduce-scatter and all-to-all s (g - 1) / g, all-reduce twice that; a permutation what is given.
-      exposed: the part of it that belongs to collectives which the program waits for on the spot.
-      hbm: read from and written to the chip's memory; what stays in its scratch memory is not counted.
-      hbm_of: the same by kind of instruction: its opcode, or the target of a custom call.
-      hbm_apart: the part of it that belongs to instructions without a matrix product, but for kernels, collectives and
-        what runs in the background: while it is moved, no product is computed.
-      product_cycles: clock cycles that the compiler expects of the instructions with a matrix product; 0 where it does
-        not say (TPUs' alone does, but for kernels). Their own memory traffic is in it. Not so the compiler's figures
-        for other instructions, which are several times what memory and vector unit would take.
-      unknown_loops: loops whose number of rounds is not in the text; they count as one round.
+      collectives: Bytes sent by a chip, by kind. With ring algorithms over g chips and an array of total size s:
+        all-gather, reduce-scatter and all-to-all send s (g - 1) / g, all-reduce twice that, a permutation its operand.
+      exposed: Bytes of synchronous collectives, which the program waits for.
+      hbm: Bytes read from and written to the chip's main memory; scratch memory is not counted.
+      hbm_of: `hbm` by kind of instruction: its opcode, or the target of a custom call.
+      hbm_apart: Bytes of instructions without a matrix product, except kernels, collectives and background transfers;
+        no product runs meanwhile.
+      product_cycles: Clock cycles that the compiler expects for instructions with a matrix product, including their
+        memory traffic; 0 if it does not say (only TPU programs do, and not for kernels). The compiler's figures for
+        other instructions are not used: they are several times what memory and vector unit would take.
+      unknown_loops: Loops with an unknown trip count, which are counted as one iteration.
     """
 
     collectives: dict[str, float]
@@ -66,8 +66,8 @@ class _Instruction:
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # attributes, after the operands
-    text: str  # what stands between the parentheses
+    rest: str  # attributes after the operands
+    text: str  # text between the parentheses
     root: bool
 
     @property
@@ -78,13 +78,13 @@ class _Instruction:
 
     @property
     def kind(self) -> str:
-        """Its opcode, or the target of a custom call."""
+        """Opcode, or the target of a custom call."""
         target = _TARGET.search(self.rest) if self.opcode == "custom-call" else None
         return target.group(1) if target else self.opcode
 
     @property
     def arrays(self) -> list[tuple[float, bool]]:
-        """Bytes, and whether it lies in the main memory, of each array of the result."""
+        """Size in bytes, and whether it is in main memory, for each array of the result."""
         return [
             (_bytes(*found.groups()[:2]), "S(" not in (found.group(3) or "")) for found in _ARRAY.finditer(self.shape)
         ]
@@ -95,27 +95,29 @@ class _Instruction:
 
     @property
     def in_hbm(self) -> float:
-        return sum(size for size, there in self.arrays if there)
+        return sum(size for size, is_in_hbm in self.arrays if is_in_hbm)
 
 
 Computation = dict[str, _Instruction]
 
 
 def traffic(text: str, chips: int) -> Traffic:
-    """Counts what a compiled program moves.
+    """Count the traffic of a compiled program.
 
     Args:
-      text: `compiled.as_text()` of a program that is partitioned over chips.
-      chips: of the whole program, for collectives that name no groups.
+      text: `compiled.as_text()` of a partitioned program.
+      chips: Chips of the whole program, for collectives without replica groups.
 
     Raises:
-      ValueError: the text has no entry computation.
+      ValueError: The text has no entry computation.
     """
     computations, entry = _parse(text)
     sent: dict[str, float] = dict.fromkeys(COLLECTIVES, 0.0)
     hbm: dict[str, float] = collections.defaultdict(float)
     exposed, apart, cycles, unknown = 0.0, 0.0, 0.0, 0
-    multiplying, sending = (_holding(computations, opcodes) for opcodes in (_PRODUCTS, _SENDING))
+    product_computations, collective_computations = (
+        _containing(computations, opcodes) for opcodes in (_PRODUCTS, _SENDING)
+    )
 
     def visit(name: str, times: float) -> None:
         nonlocal exposed, apart, cycles, unknown
@@ -127,21 +129,21 @@ def traffic(text: str, chips: int) -> Traffic:
             moved = _memory(computations, here, instruction)
             if moved:
                 hbm[instruction.kind] += times * moved
-            if instruction.opcode in _PRODUCTS or multiplying.intersection(instruction.calls):
+            if instruction.opcode in _PRODUCTS or product_computations.intersection(instruction.calls):
                 estimate = _CYCLES.search(instruction.rest)
                 cycles += times * float(estimate.group(1)) if estimate else 0.0
             elif not (
                 instruction.opcode.endswith("-start")
                 or instruction.opcode in ("custom-call", *_SENDING)
-                or sending.intersection(instruction.calls)
+                or collective_computations.intersection(instruction.calls)
             ):
                 apart += times * moved
             if instruction.opcode == "while":
-                rounds = _rounds(computations, instruction)
-                unknown += rounds is None
-                visit(_called(instruction, "body"), times * (1 if rounds is None else rounds))
+                trip_count = _trip_count(computations, instruction)
+                unknown += trip_count is None
+                visit(_called(instruction, "body"), times * (1 if trip_count is None else trip_count))
             elif instruction.opcode in ("call", "conditional"):
-                # One branch runs: as if it were the first.
+                # One branch runs; count the first.
                 for callee in instruction.calls[:1]:
                     visit(callee, times)
 
@@ -149,18 +151,18 @@ def traffic(text: str, chips: int) -> Traffic:
     return Traffic(sent, exposed, sum(hbm.values()), dict(hbm), apart, cycles, unknown)
 
 
-def _holding(computations: dict[str, Computation], opcodes: Sequence[str]) -> set[str]:
-    """The computations with an instruction of these kinds in them or in a fusion of theirs."""
+def _containing(computations: dict[str, Computation], opcodes: Sequence[str]) -> set[str]:
+    """Names of computations that contain one of these opcodes, directly or in a fusion."""
     found: set[str] = set()
 
     def holds(i: _Instruction) -> bool:
         return i.opcode in opcodes or (i.opcode == "fusion" and bool(found.intersection(i.calls)))
 
     while True:
-        more = {name for name, c in computations.items() if name not in found and any(map(holds, c.values()))}
-        if not more:
+        added = {name for name, c in computations.items() if name not in found and any(map(holds, c.values()))}
+        if not added:
             return found
-        found |= more
+        found |= added
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,12 +194,12 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
                 root=bool(found.group(1)),
             )
     if not entry:
-        raise ValueError("not the text of a compiled program: it has no ENTRY computation")
+        raise ValueError("the text has no ENTRY computation: pass compiled.as_text()")
     return computations, entry
 
 
 def _balanced(line: str, start: int) -> tuple[str, int]:
-    """The parenthesised part, or else the word, that begins at `start`; and where it ends."""
+    """The parenthesized part, or otherwise the token, that starts at `start`, and its end."""
     if line[start] != "(":
         end = line.index(" ", start)
         return line[start:end], end
@@ -210,19 +212,19 @@ def _balanced(line: str, start: int) -> tuple[str, int]:
 
 
 def _bytes(kind: str, sizes: str) -> float:
-    """Of an array such as `bf16` of `8,128`; tokens and the like are nothing."""
+    """Bytes of an array such as `bf16` with sizes `8,128`; 0 for tokens and the like."""
     bits = 8 if kind == "pred" else int(found.group()) if (found := re.search(r"\d+", kind)) else 0
     return math.prod(int(size) for size in sizes.split(",") if size) * bits / 8
 
 
 def _called(instruction: _Instruction, role: str) -> str:
     found = re.search(rf"\b{role}=%?([\w.\-]+)", instruction.rest)
-    assert found, f"{instruction.opcode} {instruction.name} names no {role}"
+    assert found, f"{instruction.opcode} {instruction.name} has no {role}"
     return found.group(1)
 
 
-def _rounds(computations: dict[str, Computation], loop: _Instruction) -> int | None:
-    """How often a loop runs: as it says itself, or what its counter is compared with (scans count from 0)."""
+def _trip_count(computations: dict[str, Computation], loop: _Instruction) -> int | None:
+    """Iterations of a loop: its annotation, or the limit its counter is compared with (scans count from 0)."""
     if known := re.search(r'"?known_trip_count"?:?=?\{"?n"?:"?(\d+)', loop.rest):
         return int(known.group(1))
     condition = computations[_called(loop, "condition")]
@@ -237,10 +239,10 @@ def _rounds(computations: dict[str, Computation], loop: _Instruction) -> int | N
 
 
 def _collectives(computations: dict[str, Computation], name: str, chips: int) -> Iterator[tuple[float, str, bool]]:
-    """Bytes sent, kind, and whether the program waits for it, of the collectives of one loop body (or of the entry).
+    """Bytes sent, kind and whether it is synchronous, for each collective of one loop body or of the entry.
 
-    An asynchronous one stands in several fusions, from the one that starts it to the one that ends it, each time with
-    the same channel and chain: it is counted once.
+    An asynchronous collective appears in several fusions, from its start to its end, with equal channel and chain ids;
+    it is counted once.
     """
     found: dict[tuple[str, ...], tuple[float, str, bool]] = {}
     stack = [(name, "")]
@@ -252,7 +254,7 @@ def _collectives(computations: dict[str, Computation], name: str, chips: int) ->
             kind = i.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 group = _group(i, chips)
-                # A TPU program writes a reduce-scatter as a fusion of an all-reduce and a slice.
+                # TPU programs express a reduce-scatter as a fusion of an all-reduce and a slice.
                 kind = "reduce-scatter" if "all-reduce-scatter" in fused else kind
                 labels = re.findall(r'(?:channel_id=|chain_id=")(\d+)', i.rest)
                 key = ("chain", kind, *labels) if chained else (computation, i.name)
@@ -263,20 +265,20 @@ def _collectives(computations: dict[str, Computation], name: str, chips: int) ->
 
 
 def _sent(here: Computation, i: _Instruction, kind: str, group: int) -> float:
-    given = sum(here[o].size for o in i.operands if o in here)
+    operand_bytes = sum(here[o].size for o in i.operands if o in here)
     share = (group - 1) / group
     if kind == "all-gather":
-        return given * (group - 1)
+        return operand_bytes * (group - 1)
     if kind == "all-reduce":
-        return 2 * given * share
+        return 2 * operand_bytes * share
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", i.rest)
-        return given * (sum(a != b for a, b in pairs) / len(pairs) if pairs else 1.0)
-    return given * share  # reduce-scatter and all-to-all: of what is given
+        return operand_bytes * (sum(a != b for a, b in pairs) / len(pairs) if pairs else 1.0)
+    return operand_bytes * share  # reduce-scatter and all-to-all
 
 
 def _group(i: _Instruction, chips: int) -> int:
-    """How many chips take part in one group of a collective."""
+    """Number of chips in one group of a collective."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", i.rest):
         sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh.group(2))
@@ -293,31 +295,31 @@ def _group(i: _Instruction, chips: int) -> int:
 
 
 def _memory(computations: dict[str, Computation], here: Computation, i: _Instruction) -> float:
-    """Bytes that one instruction reads from and writes to the main memory."""
+    """Bytes of main memory that one instruction reads and writes."""
     if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")) or "AllocateBuffer" in i.rest:
         return 0.0
-    given = [here[o] for o in i.operands if o in here]
+    operands = [here[o] for o in i.operands if o in here]
     if i.opcode == "fusion":
         callee = computations[i.calls[0]]
-        read = sum(min(o.in_hbm, _read(computations, callee, n)) for n, o in enumerate(given))
-        written = [size for size, there in zip(_written(computations, callee), i.arrays, strict=False) if there[1]]
+        read = sum(min(o.in_hbm, _read(computations, callee, n)) for n, o in enumerate(operands))
+        written = [size for size, array in zip(_written(computations, callee), i.arrays, strict=False) if array[1]]
         return read + sum(written)
     if i.opcode in ("dynamic-slice", "slice", "gather"):
-        return (i.size if given and given[0].in_hbm else 0.0) + i.in_hbm
+        return (i.size if operands and operands[0].in_hbm else 0.0) + i.in_hbm
     if i.opcode == "dynamic-update-slice":
-        return given[1].in_hbm + (given[1].size if i.in_hbm else 0.0)
+        return operands[1].in_hbm + (operands[1].size if i.in_hbm else 0.0)
     if i.opcode.endswith("-start"):
-        # A copy gives (destination, source, counter), what else starts something (source, destination, counters).
+        # A copy returns (destination, source, counter), other starts (source, destination, counters).
         arrays = [array for array in i.arrays if array[0] > 8]
-        size, there = arrays[0 if i.opcode == "copy-start" else -1] if arrays else (0.0, False)
-        return sum(min(o.in_hbm, size) for o in given[:1]) + (size if there else 0.0)
-    # A library's product on GPUs has its workspace, bytes of no shape, among its results.
+        size, is_in_hbm = arrays[0 if i.opcode == "copy-start" else -1] if arrays else (0.0, False)
+        return sum(min(o.in_hbm, size) for o in operands[:1]) + (size if is_in_hbm else 0.0)
+    # cuBLAS products on GPUs return their workspace, untyped bytes, among their results.
     workspace = sum(float(n) for n in re.findall(r"\bs8\[(\d+)\]", i.shape)) if i.kind.startswith("__cublas") else 0.0
-    return sum(o.in_hbm for o in given if o.opcode != "constant") + i.in_hbm - workspace
+    return sum(o.in_hbm for o in operands if o.opcode != "constant") + i.in_hbm - workspace
 
 
 def _read(computations: dict[str, Computation], callee: Computation, number: int) -> float:
-    """Bytes that a fused computation reads of one of its parameters: of a stack of layers, the layers it slices out."""
+    """Bytes that a fused computation reads of a parameter; of a stack of layers, only the layers it slices."""
     names = [i.name for i in callee.values() if i.opcode == "parameter" and i.text == str(number)]
     total = 0.0
     users: dict[str, list[_Instruction]] = collections.defaultdict(list)
@@ -335,14 +337,14 @@ def _read(computations: dict[str, Computation], callee: Computation, number: int
                 inner = computations[user.calls[0]]
                 total += sum(_read(computations, inner, n) for n, o in enumerate(user.operands) if o == name)
             elif user.opcode == "tuple" or (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
-                continue  # handed on, or written in place
+                continue  # passed on, or updated in place
             else:
                 return callee[name].size
     return total
 
 
 def _written(computations: dict[str, Computation], callee: Computation) -> list[float]:
-    """Bytes that a fused computation writes, for each of its results: of an update in place, the update alone."""
+    """Bytes that a fused computation writes per result; for an update in place, only the update."""
     root = next(i for i in callee.values() if i.root)
     results = [callee[o] for o in root.operands if o in callee] if root.opcode == "tuple" else [root]
     sizes = []

@@ -1,6 +1,6 @@
-"""Counts the matrix products of a traced program: what is really computed, recomputation included.
+"""Count the matrix products of a traced program that really run, recomputation included.
 
-The model's own FLOPs are counted by hand in model/flops.py; the difference is what saving memory costs.
+model/flops.py counts the model's own FLOPs analytically; the difference is the cost of saving memory.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from jax.interpreters import partial_eval
 
 
 class Count(NamedTuple):
-    """Operations, and names of what could not be counted: kernels without an estimate, loops of unknown length."""
+    """FLOPs, and occurrences of what cannot be counted: kernels without an estimate, loops of unknown length."""
 
     flops: float
     unknown: dict[str, int]
 
 
 def flops(jaxpr: Any, devices: int = 1) -> Count:
-    """Operations of all matrix products of a program, over all devices, a multiply-add as two.
+    """FLOPs of all matrix products of a program over all devices, with a multiply-add as two.
 
-    What no result needs is left out, as the compiler leaves it out.
+    Dead code is ignored, as the compiler removes it.
 
     Args:
-      jaxpr: a `jax.core.Jaxpr`; scans count as often as they run.
-      devices: that a `shard_map` inside runs on, where its mesh does not say.
+      jaxpr: A `jax.core.Jaxpr`; a scan's body counts once per iteration.
+      devices: Devices of an inner `shard_map` whose mesh does not have a size.
     """
     unknown: collections.Counter[str] = collections.Counter()
 
@@ -43,22 +43,22 @@ def flops(jaxpr: Any, devices: int = 1) -> Count:
                 total += times * (estimate.flops if estimate is not None else 0)
                 unknown[f"kernel {parameters.get('name', '')}"] += estimate is None
             else:
-                more = times
+                inner_times = times
                 if name == "scan":
-                    more = times * parameters["length"]
+                    inner_times = times * parameters["length"]
                 elif name == "shard_map":
-                    more = times * (parameters["mesh"].size or devices)
+                    inner_times = times * (parameters["mesh"].size or devices)
                 elif name == "while":
                     unknown[name] += _has_products(parameters["body_jaxpr"].jaxpr)
                 inner = [j for value in parameters.values() for j in _jaxprs(value)]
-                if name == "cond":  # the dearest branch
-                    total += max((count(j, more) for j in inner), default=0.0)
+                if name == "cond":  # the most expensive branch
+                    total += max((count(j, inner_times) for j in inner), default=0.0)
                 else:
-                    total += sum(count(j, more) for j in inner)
+                    total += sum(count(j, inner_times) for j in inner)
         return total
 
-    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return Count(count(needed, 1.0), {name: n for name, n in unknown.items() if n})
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return Count(count(live, 1.0), {name: n for name, n in unknown.items() if n})
 
 
 def _dot(equation: Any) -> float:

@@ -1,4 +1,4 @@
-"""Looks for a mesh, microbatches and a remat policy that fit and are fast, within a number of compilations."""
+"""Search for a fast mesh, microbatches and remat policy that fit, within a number of compilations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from coca_jax.plan.topology import Topology
 
 
 class Choice(NamedTuple):
-    """What the search may change: sizes of the mesh inside a slice, parts of the batch, remat policy of both towers."""
+    """Settings that the search varies.
+
+    Attributes:
+      mesh: Mesh sizes within a slice.
+      microbatches: Number of microbatches.
+      remat: Remat policy of both towers.
+    """
 
     mesh: tuple[int, int, int]
     microbatches: int
@@ -21,7 +27,7 @@ class Choice(NamedTuple):
 
 
 def configured(c: config.Config, choice: Choice) -> config.Config:
-    """The configuration with a choice in it."""
+    """The configuration with a choice applied."""
     replica, fsdp, tensor = choice.mesh
     model = dataclasses.replace(
         c.model,
@@ -42,7 +48,7 @@ def possible(c: config.Config, choice: Choice, topology: Topology) -> bool:
 
 
 def meshes(topology: Topology) -> Iterator[tuple[int, int, int]]:
-    """Meshes of one slice worth trying: parameters over 8, 16, ... chips, then over fewer; tensor 1, then 2 and 4."""
+    """Meshes of one slice worth trying: fsdp 8, 16, ..., then smaller; tensor 1, then 2 and 4."""
     powers = [2**i for i in range(topology.slice_chips.bit_length())]
     for tensor in (1, 2, 4):
         for fsdp in (*(n for n in powers if n >= 8), *(n for n in reversed(powers) if n < 8)):
@@ -51,35 +57,35 @@ def meshes(topology: Topology) -> Iterator[tuple[int, int, int]]:
 
 
 def search(c: config.Config, topology: Topology, plan: Callable[[config.Config], Plan | None]) -> list[Plan]:
-    """Tries choices, each once, the promising ones first.
+    """Try choices, each once and promising ones first.
 
-    The configured microbatches come first, with the image tower's policy, so that what is found is no worse than the
-    recipe; they are among those tried later too. Less recomputation is faster and larger, so of one mesh the first
-    policy that fits, from the least recomputation to the most, is its fastest without microbatches. If none fits, more
-    and more microbatches are tried with the most. The other meshes are tried with what was found, and at last the
+    Configured microbatches come first, with the image tower's policy, so that the result is no worse than the recipe;
+    they are also tried later. Less recomputation is faster but needs more memory, so the first policy that fits, from
+    least to most recomputation, is the fastest of a mesh without microbatches. If none fits, increasing numbers of
+    microbatches are tried with most recomputation. Then other meshes are tried with the best choice so far, and finally
     lighter policies with microbatches on the best mesh.
 
     Args:
-      c: what is not searched stays as it is here.
-      topology: chips to compile for.
-      plan: compiles one configuration; None where no more may be tried.
+      c: Configuration; settings that are not searched keep their values.
+      topology: Chips to compile for.
+      plan: Compiles one configuration; returns None when the budget is used up.
 
     Returns:
-      All that were tried, in that order.
+      All plans in the order tried.
     """
     tried: dict[Choice, Plan] = {}
-    over = False
+    exhausted = False
 
     def attempt(choice: Choice) -> Plan | None:
-        nonlocal over
-        if over or not possible(c, choice, topology):
+        nonlocal exhausted
+        if exhausted or not possible(c, choice, topology):
             return None
         if choice not in tried:
-            found = plan(configured(c, choice))
-            if found is None:
-                over = True
+            result = plan(configured(c, choice))
+            if result is None:
+                exhausted = True
                 return None
-            tried[choice] = found
+            tried[choice] = result
         return tried[choice]
 
     def best() -> Choice | None:
@@ -105,8 +111,8 @@ def search(c: config.Config, topology: Topology, plan: Callable[[config.Config],
     for mesh in meshes(topology):
         at = start or Choice(inside, 1, policies[-1])
         attempt(at._replace(mesh=mesh))
-    if found := best():
+    if result := best():
         for n in dict.fromkeys((*parts[:2], *(n for n in parts if n == c.microbatches))):
-            for remat in policies[: policies.index(found.remat)]:
-                attempt(found._replace(microbatches=n, remat=remat))
+            for remat in policies[: policies.index(result.remat)]:
+                attempt(result._replace(microbatches=n, remat=remat))
     return list(tried.values())

@@ -1,4 +1,4 @@
-"""Names of TPU slices, such as `v4:8x16x16`: read and checked without JAX."""
+"""TPU slices by name, such as `v4:8x16x16`, parsed without JAX."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Topology:
     """Slices of TPU chips.
 
     Attributes:
-      name: of one slice, e.g. `v4:8x16x16`.
-      slices: how many, joined by the data centre's network.
-      chip: of the table in chips.py.
-      slice_chips: in one slice.
+      name: Name of one slice, e.g. `v4:8x16x16`.
+      slices: Number of slices, connected by the data center's network.
+      chip: Chip type, from chips.py.
+      slice_chips: Chips in one slice.
     """
 
     name: str
@@ -36,27 +36,30 @@ class Topology:
 
     def options(self) -> dict[str, Any]:
         """Arguments of `jax.experimental.topologies.get_topology_desc`."""
-        # A v4 chip has two cores. Cloud TPU VMs join them into one device, libtpu's description only if it is asked to.
+        # A v4 chip has two cores. Cloud TPU VMs merge them into one device; libtpu's description does so only on
+        # request.
         megacore = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
         several = {"num_slices": self.slices} if self.slices > 1 else {}
         return {"platform": "tpu", "topology_name": self.name, **megacore, **several}
 
 
-def read(name: str, slices: int = 1) -> Topology:
-    """A topology by its name.
+def parse_topology(name: str, slices: int = 1) -> Topology:
+    """Parse a topology name.
 
     Raises:
-      ConfigError: there is no such chip, or the sizes are not those of a slice.
+      ConfigError: The chip is unknown, or the sizes do not describe a slice.
     """
     known = [chip.name for chip in chips.CHIPS if chip.dimensions]
     kind, _, sizes = name.partition(":")
     chip = chips.tpu(kind)
     examples = "v4:8x16x16, v5e:16x16, v5p:8x8x8, v6e:16x16"
     if chip is None:
-        raise ConfigError(f"--topology={name}: {kind!r} is not one of {', '.join(known)}; examples: {examples}")
+        raise ConfigError(
+            f"--topology={name}: unknown chip {kind!r}, not one of {', '.join(known)}; examples: {examples}"
+        )
     if not re.fullmatch(r"\d+(x\d+)*", sizes) or sizes.count("x") + 1 != chip.dimensions:
         shape = "x".join("ABC"[: chip.dimensions])
-        raise ConfigError(f"--topology={name}: a slice of {kind} is written {kind}:{shape}; examples: {examples}")
+        raise ConfigError(f"--topology={name}: write a slice of {kind} as {kind}:{shape}; examples: {examples}")
     if slices < 1:
         raise ConfigError(f"--slices={slices} must be 1 or more")
     count = math.prod(int(size) for size in sizes.split("x"))

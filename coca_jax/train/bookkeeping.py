@@ -91,7 +91,7 @@ class Bookkeeping:
         self.listed = tallies.List(mixture, workdir, jax.process_index())
         self._left_out = skipped.List(mixture, workdir, self.first)
         self.writer = Writer(workdir, self.first, self._evaluated)
-        self.progress = Progress(self.first, c.steps, c.batch_size, flops.of_step(c))
+        self.progress = Progress(self.first, c.steps, c.batch_size, flops.train_step_flops(c))
         self.watchdog = Watchdog(c.guard, workdir, self.progress.say)
         self.pending: Dispatched | None = None
         self.to_save: Due | None = None

@@ -210,7 +210,7 @@ class Progress:
             disable=jax.process_index() != 0,
         )
         self._batch_size, self._step_flops = batch_size, step_flops
-        self._devices, self._chip = jax.device_count(), chips.of_device_kind(jax.devices()[0].device_kind)
+        self._devices, self._chip = jax.device_count(), chips.from_device_kind(jax.devices()[0].device_kind)
         self._rate = Rate(start_step)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -34,13 +34,13 @@ def test_greedy_is_the_argmax_of_teacher_forcing() -> None:
     for row, ids in enumerate(tokens):
         for at in range(1, 9):
             if ids[at] == 0:
-                assert eos in ids[:at]  # padding only behind the end
+                assert eos in ids[:at]  # padding only after eos
             else:
                 assert ids[at] == logits[row, at - 1].argmax()
 
 
-def test_no_layer_is_copied_out_of_a_stack_for_each_token() -> None:
-    """The program slices kernels of a layer where it reads the prompt, and nowhere else."""
+def test_layers_are_not_copied_out_of_a_stack_for_each_token() -> None:
+    """The program slices a layer's kernels when it reads the prompt and nowhere else."""
     model, params = tiny.MODEL, tiny.parameters(tiny.MODEL)
     image_tokens = jnp.ones((2, 4, 16))
 
@@ -63,16 +63,16 @@ def test_no_layer_is_copied_out_of_a_stack_for_each_token() -> None:
 
         def step(carry: Any) -> Any:
             tokens, (_, cache) = carry
-            made = CoCa(model).apply({"params": params}, tokens, cache, method="decode_step")
-            return jnp.argmax(made[0], axis=2).astype(jnp.int32), made
+            outputs = CoCa(model).apply({"params": params}, tokens, cache, method="decode_step")
+            return jnp.argmax(outputs[0], axis=2).astype(jnp.int32), outputs
 
         return jax.lax.fori_loop(1, 9, lambda _, carry: step(carry), (jnp.ones((2, 1), jnp.int32), (logits, cache)))
 
     ours = slices(lambda params, x: generate.greedy(model, params, x, bos_id=2, eos_id=7))
-    assert 0 < ours == slices(start) < slices(one_by_one)  # of stacks, the search finds more
+    assert 0 < ours == slices(start) < slices(one_by_one)  # with stacks, the search finds more
 
 
-def test_a_shorter_length_cuts() -> None:
+def test_a_shorter_length_truncates_captions() -> None:
     model, params = tiny.MODEL, tiny.parameters(tiny.MODEL)
     image_tokens = jnp.ones((2, 4, 16))
     full, short = (
@@ -82,7 +82,7 @@ def test_a_shorter_length_cuts() -> None:
 
 
 @pytest.mark.slow
-def test_eight_pairs_are_learned_by_heart_and_said_word_for_word() -> None:
+def test_eight_memorized_pairs_are_captioned_exactly() -> None:
     names = pairs.examples()[::2]
     captions = [pairs.caption(*name) for name in names]
     tokenizer = Tokenizer.train(captions * 50, vocab_size=300)
@@ -112,5 +112,5 @@ def test_eight_pairs_are_learned_by_heart_and_said_word_for_word() -> None:
 
     images = normalize(batch["images"], c.data.mean, c.data.std)
     tokens = CoCa(c.model).apply({"params": now.params}, images, method="encode_image").image_tokens
-    said = generate.greedy(c.model, now.params, tokens, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
-    assert [tokenizer.decode(ids) for ids in np.asarray(said)] == captions
+    generated = generate.greedy(c.model, now.params, tokens, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    assert [tokenizer.decode(ids) for ids in np.asarray(generated)] == captions

@@ -1,4 +1,4 @@
-"""benchmarks/losses.py, and what it measures for a slice of 16 chips that is not here."""
+"""The benchmark of the losses, and its measurements for an absent slice of 16 chips."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def table(text: str) -> dict[str, float]:
-    """Temporaries, MiB a chip, by the name of the line."""
+    """Temporaries in MiB per chip, by line name."""
     found = re.findall(r"^(\w+, [\w ]+?) {2,}([\d.]+) {2,}[\d.]+", text, re.MULTILINE)
     return {name: float(mib) for name, mib in found}
 
@@ -24,8 +24,8 @@ def test_the_benchmark_prints_memory_and_time(run_python) -> None:
     assert "median, ms" in text
 
 
-def test_1024_captions_of_64_tokens_from_64000_take_an_eighth_and_less(run_python) -> None:
-    """What docs/log.md records; compiled, and not run."""
+def test_chunks_use_an_eighth_of_the_memory_for_1024_captions_of_64_tokens(run_python) -> None:
+    """Vocabulary 64,000, as recorded in docs/log.md; compiled, not run."""
     text = run_python(["-m", "benchmarks.losses", "--topology=cpu", "--only=captioning"], devices=1).stdout
     assert "captioning: batch 1024, length 64, width 768, vocabulary 64000" in text
     temporaries = table(text)
@@ -37,7 +37,7 @@ def test_a_batch_of_65536_fits_16_chips_of_v5e(run_python) -> None:
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("NOT CHECKED: compiling for TPUs needs libtpu, which the test extra does not bring: install libtpu")
     arguments = ["-m", "benchmarks.losses", "--topology=v5e:4x4", "--only=contrastive", "--way=tiles"]
-    # The compiler's own optimisation level: what the tests set speeds compilation up.
+    # The compiler's default optimization level; the tests otherwise lower it to compile faster.
     text = run_python(arguments, devices=1, env={"XLA_FLAGS": ""}, timeout=1800).stdout
     temporaries = table(text)
     assert list(temporaries) == ["softmax, tiles of 4096", "sigmoid, tiles of 4096"], text

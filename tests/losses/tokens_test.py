@@ -14,7 +14,7 @@ from tests import tiny
 
 
 def inputs(b: int = 3, t: int = 10, d: int = 8, v: int = 13, seed: int = 0) -> tuple[Any, Any, Any]:
-    """Hidden states, head, and tokens of very different lengths (10, 3 and 1 of 10, over and over)."""
+    """Hidden states, head, and tokens of very different lengths (10, 3 and 1 of 10, repeating)."""
     rng = np.random.default_rng(seed)
     hidden, head = (rng.normal(size=s).astype(np.float32) for s in ((b, t, d), (d, v)))
     lengths = np.resize([t, 3, 1], (b, 1))
@@ -23,7 +23,7 @@ def inputs(b: int = 3, t: int = 10, d: int = 8, v: int = 13, seed: int = 0) -> t
 
 
 def gradients(chunk: int, hidden: Any, head: Any, tokens: Any) -> Any:
-    """The loss, and its gradients by hidden states and head, compiled."""
+    """The loss and its gradients with respect to hidden states and head, compiled."""
 
     def loss(hidden: Any, head: Any) -> Any:
         return losses.captioning(hidden, head, tokens, pad_id=0, chunk=chunk)
@@ -32,7 +32,7 @@ def gradients(chunk: int, hidden: Any, head: Any, tokens: Any) -> Any:
 
 
 def assert_same(one: Any, other: Any, message: str) -> None:
-    """float32 sums in another order: the error goes with an array's largest element. Measured: up to 3e-7 of it."""
+    """float32 sums in another order: errors scale with an array's largest element. Measured: up to 3e-7 of it."""
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         largest = float(np.abs(b).max())
         assert a.dtype == b.dtype and largest > 1e-3
@@ -54,41 +54,41 @@ def test_captioning_is_the_mean_over_the_real_tokens_of_the_whole_batch() -> Non
         np.testing.assert_allclose(value, np.mean(expected), rtol=1e-6)
 
 
-# Of 3 rows: one position, the least there is; 4 and 5 of 10 positions; more than there are.
+# With 3 rows: one position, the minimum; 4 and 5 of 10 positions; more than there are.
 @pytest.mark.parametrize("chunk", [1, 12, 17, 99])
-def test_chunked_captioning_equals_full_in_value_and_gradient(chunk: int) -> None:
+def test_chunks_equal_the_plain_formula_in_value_and_gradient(chunk: int) -> None:
     arrays = inputs()
     assert_same(gradients(chunk, *arrays), gradients(0, *arrays), f"chunk {chunk}")
 
 
-def test_chunked_captioning_in_bfloat16_equals_full() -> None:
+def test_chunks_in_bfloat16_equal_the_plain_formula() -> None:
     hidden, head, tokens = inputs()
     hidden = jnp.bfloat16(hidden)
-    value, (of_hidden, of_head) = gradients(12, hidden, head, tokens)
-    full, (full_of_hidden, full_of_head) = gradients(0, hidden, head, tokens)
+    value, (d_hidden, d_head) = gradients(12, hidden, head, tokens)
+    full, (full_d_hidden, full_d_head) = gradients(0, hidden, head, tokens)
     np.testing.assert_allclose(value, full, rtol=1e-6)
-    assert of_hidden.dtype == jnp.bfloat16 and of_head.dtype == jnp.float32
-    for a, b in ((of_hidden, full_of_hidden), (of_head, full_of_head)):  # 8 bits, rounded at other places
+    assert d_hidden.dtype == jnp.bfloat16 and d_head.dtype == jnp.float32
+    for a, b in ((d_hidden, full_d_hidden), (d_head, full_d_head)):  # 8 bits, rounded at different points
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         np.testing.assert_allclose(a, b, rtol=0, atol=2**-7 * np.abs(b).max())
 
 
 def check_meshes() -> None:
-    """With 8 devices: in chunks on meshes against all at once on one device."""
-    # Chunks of 3 of 10 positions; a vocabulary that the tensor axis divides, one that it does not; rows likewise.
+    """Runs with 8 devices: chunks on meshes against the plain formula on one device."""
+    # Chunks of 3 of 10 positions; vocabularies that the tensor axis divides and does not divide; rows likewise.
     cases = [
         ((2, 2, 2), 8, 26, 6, ("embed", "vocab")),
         ((1, 4, 2), 8, 25, 6, ("embed", None)),
         ((1, 1, 8), 2, 24, 6, (None, "vocab")),
         ((1, 8, 1), 3, 26, 1, (None, None)),
     ]
-    for shape, b, v, chunk, of_head in cases:
+    for shape, b, v, chunk, d_head in cases:
         arrays = inputs(b, v=v)
         mesh = sharding.make_mesh(shape)
         rows = sharding.batch_sharding(mesh) if b % (shape[0] * shape[1]) == 0 else sharding.replicated(mesh)
-        places = rows, NamedSharding(mesh, sharding.spec(*of_head)), rows
+        shardings = rows, NamedSharding(mesh, sharding.spec(*d_head)), rows
         with jax.set_mesh(mesh):
-            found = gradients(chunk, *(jax.device_put(x, p) for x, p in zip(arrays, places, strict=True)))
+            found = gradients(chunk, *(jax.device_put(x, p) for x, p in zip(arrays, shardings, strict=True)))
         assert_same(found, gradients(0, *arrays), f"mesh {shape}, {b} rows, vocabulary {v}")
 
 
@@ -97,13 +97,13 @@ def test_every_mesh_equals_one_device(run_python) -> None:
 
 
 def check_collectives() -> None:
-    """With 8 devices, (fsdp, tensor) = (4, 2): what moves between devices, and what is held."""
+    """Runs with 8 devices, (fsdp, tensor) = (4, 2): checks communication and array sizes."""
     b, t, d, v = 16, 12, 6, 34
     mesh = sharding.make_mesh((1, 4, 2))
-    rows, of_head = sharding.batch_sharding(mesh), NamedSharding(mesh, sharding.spec(None, "vocab"))
+    rows, d_head = sharding.batch_sharding(mesh), NamedSharding(mesh, sharding.spec(None, "vocab"))
     shapes = [
         jax.ShapeDtypeStruct((b, t, d), jnp.float32, sharding=rows),
-        jax.ShapeDtypeStruct((d, v), jnp.float32, sharding=of_head),
+        jax.ShapeDtypeStruct((d, v), jnp.float32, sharding=d_head),
         jax.ShapeDtypeStruct((b, t), jnp.int32, sharding=rows),
     ]
 
@@ -112,17 +112,17 @@ def check_collectives() -> None:
             loss = lambda x, w: losses.captioning(x, w, tokens, pad_id=0, chunk=chunk)  # noqa: E731
             return jax.grad(loss, argnums=(0, 1))(hidden, head)
 
-        compiled = jax.jit(gradient, out_shardings=(rows, of_head)).lower(*shapes).compile().as_text()
+        compiled = jax.jit(gradient, out_shardings=(rows, d_head)).lower(*shapes).compile().as_text()
         assert compiled is not None
         return compiled
 
     with jax.set_mesh(mesh):
         chunked, full = text(8), text(0)
-    # 34 is nothing but the whole vocabulary, 17 a device's part: no logits of more than 2 positions of 4 rows.
+    # Only the whole vocabulary has size 34, and a device's part 17: no logits of more than 2 positions of 4 rows.
     assert "17]" in full and re.search(r"\[4,12,17\]|\[12,4,17\]|\[48,17\]", full)
     assert not re.search(r"\d,34\]", chunked), "a device holds logits or a head of the whole vocabulary"
     assert not re.search(r"\[4,12,17\]|\[12,4,17\]|\[48,17\]", chunked), "a device holds the logits of all its tokens"
-    # The head's gradient [6, 17] is summed over the devices once, in the program, and not in the loops over the chunks.
+    # The head's gradient [6, 17] is reduced over devices once, not in the loops over the chunks.
     inside, where = [], ""
     for line in chunked.splitlines():
         if line and not line.startswith(" "):
@@ -132,11 +132,11 @@ def check_collectives() -> None:
     assert inside == ["ENTRY"], inside
 
 
-def test_the_head_and_its_gradient_cross_the_network_once_and_no_device_holds_the_vocabulary(run_python) -> None:
+def test_the_head_is_communicated_once_and_no_device_holds_the_whole_vocabulary(run_python) -> None:
     run_python(check_collectives)
 
 
-def test_chunking_keeps_the_logits_out_of_memory() -> None:
+def test_chunks_reduce_the_memory_of_the_logits() -> None:
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 32, 16), (16, 4000))]
     tokens = jax.ShapeDtypeStruct((64, 32), jnp.int32)
 
@@ -151,18 +151,18 @@ def test_chunking_keeps_the_logits_out_of_memory() -> None:
 
 
 @pytest.mark.parametrize("chunk", [0, 6])
-def test_a_batch_of_padding_alone_costs_nothing_and_is_finite(chunk: int) -> None:
+def test_a_batch_of_padding_alone_has_zero_loss_and_gradients(chunk: int) -> None:
     hidden, head, tokens = inputs()
-    value, slopes = gradients(chunk, hidden, head, np.zeros_like(tokens))
-    assert value == 0 and not any(np.any(slope) for slope in slopes)
+    value, grads = gradients(chunk, hidden, head, np.zeros_like(tokens))
+    assert value == 0 and not any(np.any(grad) for grad in grads)
 
 
-def test_losses_are_float32_whatever_the_model_computes_in() -> None:
+def test_losses_are_float32_for_any_compute_dtype() -> None:
     hidden, head, tokens = inputs()
     value = losses.captioning(jnp.bfloat16(hidden), head, tokens, pad_id=0, chunk=12)
     assert value.dtype == jnp.float32
     full = losses.captioning(hidden, head, tokens, pad_id=0, chunk=0)
-    np.testing.assert_allclose(value, full, rtol=2e-2)  # the hidden states' 8 bits, not the sum's
+    np.testing.assert_allclose(value, full, rtol=2e-2)  # the 8 bits of the hidden states, not of the sum
 
 
 def test_targets_are_the_next_tokens() -> None:

@@ -15,7 +15,7 @@ from tests import tiny
 SIGLIP = tiny.replace(tiny.CONFIG, loss__contrastive="sigmoid", model__logit_bias=-10.0, model__temperature=0.1)
 
 
-def test_total_weighs_the_parts_and_leaves_out_what_weighs_nothing() -> None:
+def test_total_weights_the_parts_and_skips_those_of_weight_zero() -> None:
     rng = np.random.default_rng(0)
     hidden, head = (rng.normal(size=s).astype(np.float32) for s in ((3, 10, 8), (8, 13)))
     tokens = rng.integers(1, 13, (3, 10)).astype(np.int32)
@@ -32,7 +32,7 @@ def test_total_weighs_the_parts_and_leaves_out_what_weighs_nothing() -> None:
     np.testing.assert_allclose(total(0.0, 3.0)[0], 3 * parts["loss/captioning"], rtol=1e-6)
 
 
-def test_the_configuration_chooses_loss_and_tile() -> None:
+def test_the_configuration_selects_the_loss_and_the_tile_size() -> None:
     rng = np.random.default_rng(0)
     image, text = rng.normal(size=(2, 6, 4)).astype(np.float32)
     scale, bias = jnp.float32(2), jnp.float32(-1)
@@ -49,14 +49,14 @@ def test_the_configuration_chooses_loss_and_tile() -> None:
     )
     for loss, kind in ((softmax, "softmax"), (sigmoid, "sigmoid")):
         expected = losses.contrastive(image, text, scale, bias, kind=kind)[0]
-        for tile, scans in ((0, False), (4, True), (6, False)):  # a batch that fits a tile is done at once
+        for tile, scans in ((0, False), (4, True), (6, False)):  # a batch that fits in one tile needs no scan
             value, jaxpr = program(tiny.replace(loss, contrastive_tile=tile))
             np.testing.assert_allclose(value, expected, rtol=1e-6)
             assert ("scan[" in jaxpr or "custom_vjp_call[" in jaxpr) == scans
     assert abs(program(softmax)[0] - program(sigmoid)[0]) > 0.1
 
 
-def test_the_bias_is_a_parameter_with_the_sigmoid_alone() -> None:
+def test_the_bias_is_a_parameter_only_with_the_sigmoid_loss() -> None:
     assert "logit_bias" not in state.abstract_parameters(tiny.CONFIG)
     assert state.abstract_parameters(SIGLIP)["logit_bias"].shape == sharding.parameter_axes("logit_bias", 0) == ()
 

@@ -1,4 +1,4 @@
-"""Every implementation of attention is the same function; kernels run on each device for its shards alone."""
+"""All implementations of attention agree, and each device runs a kernel on its own shards only."""
 
 from __future__ import annotations
 
@@ -12,21 +12,29 @@ import pytest
 
 from coca_jax import sharding
 from coca_jax.model import attention, tpu_attention
-from coca_jax.model.bridge import COMPARED, WRITTEN, who_sees_whom
+from coca_jax.model.bridge import CAPTION_TEXT, CONTRASTIVE_TEXT, objective_mask
 from coca_jax.model.coca import CoCa
 from coca_jax.model.text_decoder import cls_mask
 from tests import tiny
 
 TOKENS = np.array([[3, 4, 5, 6, 7, 8], [3, 4, 0, 0, 0, 0], [9, 0, 0, 0, 0, 0]], np.int32)
-# How the model attends: queries, keys, mask. Lengths are not a kernel's.
+# The model's uses of attention: queries, keys, mask. The lengths are not multiples of a kernel's block size.
 CASES: dict[str, dict[str, Any]] = {
     "causal": {"s": 7, "m": 7, "is_causal": True},
     "to image tokens": {"s": 5, "m": 200},
     "one query": {"s": 1, "m": 17},
     "text with [CLS]": {"s": 7, "m": 7, "mask": cls_mask(TOKENS, 0, "full")},
     "text with [CLS] as open_clip masks it": {"s": 7, "m": 7, "mask": cls_mask(TOKENS, 0, "legacy")},
-    "a bridge's texts": {"s": 14, "m": 14, "mask": who_sees_whom(TOKENS, 0, (COMPARED, WRITTEN), queries=2)},
-    "one mask for all": {"s": 3, "m": 4, "mask": np.arange(4)[None, None, None] <= np.arange(3)[None, None, :, None]},
+    "a bridge's texts": {
+        "s": 14,
+        "m": 14,
+        "mask": objective_mask(TOKENS, 0, (CONTRASTIVE_TEXT, CAPTION_TEXT), queries=2),
+    },
+    "one mask for the whole batch": {
+        "s": 3,
+        "m": 4,
+        "mask": np.arange(4)[None, None, None] <= np.arange(3)[None, None, :, None],
+    },
     "a query without keys": {
         "s": 3,
         "m": 4,
@@ -36,22 +44,22 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def arrays(s: int, m: int, k: int = 8, dtype: Any = jnp.float32, heads: int = 2) -> Any:
-    """Queries, keys, values, and weights of the result."""
+    """Queries, keys, values, and output weights for the loss."""
     rng = np.random.default_rng(s + m)
     return tuple(jnp.asarray(rng.normal(size=(len(TOKENS), n, heads, k)), dtype) for n in (s, m, m, s))
 
 
-def result_and_gradients(implementation: str, case: dict[str, Any], **options: Any) -> Any:
+def result_and_gradients(implementation: str, case: dict[str, Any], **sizes: Any) -> Any:
     shape = {name: case[name] for name in ("s", "m")}
-    how = {name: value for name, value in case.items() if name not in shape}
-    *inputs, weights = arrays(**shape, **options)
+    options = {name: value for name, value in case.items() if name not in shape}
+    *inputs, weights = arrays(**shape, **sizes)
 
     def loss(*inputs: Any) -> tuple[jax.Array, jax.Array]:
-        mixed = attention.attend(*inputs, **how, implementation=implementation)
-        return jnp.sum(mixed * weights, dtype=jnp.float32), mixed
+        output = attention.attend(*inputs, **options, implementation=implementation)
+        return jnp.sum(output * weights, dtype=jnp.float32), output
 
-    (_, mixed), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*inputs)
-    return mixed, gradients
+    (_, output), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+    return output, gradients
 
 
 def assert_close(found: Any, expected: Any, tolerance: float) -> None:
@@ -60,28 +68,29 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_too_many_keys_for_the_flash_kernel_are_refused() -> None:
+def test_flash_rejects_too_many_keys() -> None:
     query, keys, values, _ = arrays(1, 1025)
-    with pytest.raises(ValueError, match="attention to 1025 keys: the flash kernel takes up to 1024"):
+    with pytest.raises(ValueError, match=r"1025 keys: .*flash.* at most 1024.*xla"):
         attention.attend(query, keys, values, implementation="flash")
 
 
-# How heads lie in registers of 128 lanes: (heads, width), queries and keys. The last is computed in parts.
+# Layouts of heads in registers of 128 lanes: (heads, width, queries, keys). The last is computed in parts.
 LAYOUTS = {
-    "two in one": (4, 64, 65, 65),
-    "as many as there are": (3, 8, 20, 40),
-    "an odd one": (3, 64, 33, 129),
-    "one in two": (2, 192, 7, 7),
-    "one that fills none": (2, 88, 20, 20),
-    "four in one": (4, 32, 400, 700),
+    "two heads per register": (4, 64, 65, 65),
+    "all heads in one register": (3, 8, 20, 40),
+    "odd number of heads": (3, 64, 33, 129),
+    "two registers per head": (2, 192, 7, 7),
+    "register partly filled": (2, 88, 20, 20),
+    "four heads per register": (4, 32, 400, 700),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "is_causal"), [*((name, False) for name in LAYOUTS), ("two in one", True), ("four in one", True)]
+    ("name", "is_causal"),
+    [*((name, False) for name in LAYOUTS), ("two heads per register", True), ("four heads per register", True)],
 )
-def test_heads_of_any_width(name: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what lies in memory behind an array is never read: the interpreter has NaN there."""
+def test_flash_equals_xla_for_any_head_layout(name: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory behind an array is never read either: the interpreter fills it with NaN."""
     monkeypatch.setattr(tpu_attention, "INTERPRET", True)
     heads, k, s, m = LAYOUTS[name]
     case = {"s": s, "m": s if is_causal else m, "is_causal": is_causal}
@@ -89,23 +98,23 @@ def test_heads_of_any_width(name: str, is_causal: bool, monkeypatch: pytest.Monk
     assert_close(found, expected, 5e-6)  # sums of up to 700 float32 numbers in another order
 
 
-def test_bfloat16_is_rounded_no_more_than_by_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_rounds_bfloat16_no_more_than_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tpu_attention, "INTERPRET", True)
     case = {"s": 33, "m": 50}
     exact = result_and_gradients("xla", case)
-    ours, of_xla = (result_and_gradients(which, case, dtype=jnp.bfloat16) for which in ("flash", "xla"))
-    for a, b, c in zip(*(jax.tree.leaves(x) for x in (ours, of_xla, exact)), strict=True):
+    ours, xla = (result_and_gradients(which, case, dtype=jnp.bfloat16) for which in ("flash", "xla"))
+    for a, b, c in zip(*(jax.tree.leaves(x) for x in (ours, xla, exact)), strict=True):
         errors = [float(jnp.sqrt(jnp.mean((x.astype(jnp.float32) - c) ** 2))) for x in (a, b)]
-        assert errors[0] < 1.2 * errors[1], errors  # where the two round differs by a place: not the error's size
+        assert errors[0] < 1.2 * errors[1], errors  # the two round at different points: not the size of the error
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_flash_kernel_equals_xla(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_equals_xla_for_every_use_in_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tpu_attention, "INTERPRET", True)
     assert_close(result_and_gradients("flash", CASES[name]), result_and_gradients("xla", CASES[name]), 2e-6)
 
 
-def test_the_model_is_the_same_with_the_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_gives_equal_outputs_with_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tpu_attention, "INTERPRET", True)
     model = tiny.replace(tiny.MODEL, image__class_token=True)
     args = tiny.images(model, 2), tiny.tokens(model, [9, 4])
@@ -124,7 +133,7 @@ def check_shards() -> None:
     """Runs with 8 devices."""
     tpu_attention.INTERPRET = True
     mesh = sharding.make_mesh((2, 2, 2))
-    places = [jax.NamedSharding(mesh, sharding.spec(*attention._AXES))] * 3
+    shardings = [jax.NamedSharding(mesh, sharding.spec(*attention._AXES))] * 3
     inputs = [jnp.concatenate([x, x[:1]]) for x in arrays(7, 7)[:3]]
     mask = cls_mask(np.concatenate([TOKENS, TOKENS[:1]]), 0, "full")
 
@@ -135,23 +144,23 @@ def check_shards() -> None:
     for implementation in ("flash", "xla"):
         with jax.set_mesh(mesh):
             gradient = jax.jit(
-                jax.grad(lambda *x, i=implementation: loss(i, *x), (0, 1, 2)), out_shardings=tuple(places)
+                jax.grad(lambda *x, i=implementation: loss(i, *x), (0, 1, 2)), out_shardings=tuple(shardings)
             )
-            compiled = gradient.lower(*jax.device_put(inputs, places)).compile()
-            found = compiled(*jax.device_put(inputs, places))
+            compiled = gradient.lower(*jax.device_put(inputs, shardings)).compile()
+            found = compiled(*jax.device_put(inputs, shardings))
         assert_close(found, expected, 2e-6)
         text = compiled.as_text() or ""
         gathered = [name for name in ("all-gather(", "all-reduce(", "all-to-all(") if name in text]
-        assert gathered == [], f"{implementation}: batch and heads are apart already, {gathered}"
+        assert gathered == [], f"{implementation}: batch and heads are already sharded, but found {gathered}"
 
 
-def test_each_device_computes_its_shards(run_python) -> None:
+def test_each_device_computes_its_own_shards(run_python) -> None:
     run_python(check_shards)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_cudnn_is_called_with_what_it_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Lowered for a GPU, not compiled: the library asks for the cuDNN that is not here.
+def test_cudnn_accepts_every_use_in_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Lowered for a GPU, not compiled; skip the version check, because cuDNN is not installed here.
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     case = dict(CASES[name])
     *inputs, _ = arrays(case.pop("s"), case.pop("m"), dtype=jnp.bfloat16)
@@ -175,7 +184,7 @@ def check_cudnn() -> None:
             found, expected = (result_and_gradients(which, case, **options) for which in ("cudnn", "xla"))
             for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
                 scale = float(jnp.abs(b).max())
-                np.testing.assert_allclose(  # bfloat16 keeps 8 bits
+                np.testing.assert_allclose(  # bfloat16 has 8 significant bits
                     *(np.asarray(x, np.float32) for x in (a, b)), rtol=0, atol=2e-2 * scale, err_msg=f"{name}, k={k}"
                 )
     print("equal")
@@ -184,9 +193,9 @@ def check_cudnn() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not pathlib.Path("/dev/nvidiactl").exists(), reason="there is no NVIDIA GPU here")
 def test_cudnn_equals_xla(run_python) -> None:
-    said: str = run_python(check_cudnn, 1, env={"JAX_PLATFORMS": "", "XLA_FLAGS": ""}).stdout
-    if "equal" not in said:
-        pytest.skip(said)
+    output: str = run_python(check_cudnn, 1, env={"JAX_PLATFORMS": "", "XLA_FLAGS": ""}).stdout
+    if "equal" not in output:
+        pytest.skip(output)
 
 
 COMPILE_FOR_TPU = """
@@ -216,7 +225,7 @@ def check(mesh, s, m, k, text=False, is_causal=False, dtype="bfloat16", heads=4)
     assert "all-gather" not in program and "all-reduce" not in program, program
 
 for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
-    devices = topologies.get_topology_desc(**topology.read(name).options()).devices
+    devices = topologies.get_topology_desc(**topology.parse_topology(name).options()).devices
     mesh = sharding.make_mesh((1, 2, 2), devices)
     check(mesh, 256, 256, 64)
     check(mesh, 257, 257, 88)
@@ -234,6 +243,6 @@ for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
 
 
 @pytest.mark.slow
-def test_the_flash_kernel_compiles_for_tpus(run_python) -> None:
+def test_flash_compiles_for_every_tpu_without_communication(run_python) -> None:
     pytest.importorskip("libtpu", reason="compiles for TPUs with libtpu: pip install libtpu")
     run_python(COMPILE_FOR_TPU, 1, env={"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})

@@ -1,4 +1,4 @@
-"""The query transformer: who sees whom, what it computes, what it costs, and where its negatives are from."""
+"""The query transformer: attention masks, outputs, cost, and negatives of the matching objective."""
 
 from __future__ import annotations
 
@@ -30,35 +30,36 @@ PAD = ONE.model.text.pad_id
 
 
 def parameters(c: config.Config) -> Any:
-    """Random, biases and norms too, so that a missing one shows."""
+    """Random parameters, including biases and norms, so that a missing one is detected."""
     rng = np.random.default_rng(0)
     draw = lambda leaf: np.asarray(rng.normal(size=leaf.shape) * 0.3, np.float32)  # noqa: E731
     return jax.tree.map(draw, state.abstract_parameters(c)) | {"logit_scale": np.float32(1.5)}
 
 
 PARAMS = parameters(ONE)
-IMAGE = np.random.default_rng(1).normal(size=(4, 16, 16)).astype(np.float32)  # of 4 pictures, 16 tokens of width 16
+IMAGE = np.random.default_rng(1).normal(size=(4, 16, 16)).astype(np.float32)  # 4 images, 16 tokens of width 16
 TOKENS = tiny.tokens(ONE.model, LENGTHS)
 
 
 @jax.jit
 def read(image: Any, tokens: Any) -> Any:
+    """Queries, [CLS] and hidden states of one pass over both texts."""
     both = {"contrastive": True, "captioning": True}
-    of_bridge: Any = bridge.Bridge(ONE.model).apply({"params": PARAMS["bridge"]}, image, tokens, method="read", **both)
-    return of_bridge
+    output: Any = bridge.Bridge(ONE.model).apply({"params": PARAMS["bridge"]}, image, tokens, method="read", **both)
+    return output
 
 
 @jax.jit
 def alone(image: Any, tokens: Any) -> Any:
-    """Queries without a text, the text without queries, and matching."""
+    """Queries without text, text without queries, and matching logits."""
     apply: Any = bridge.Bridge(ONE.model).apply
-    of_bridge = {"params": PARAMS["bridge"]}
-    queries, text = apply(of_bridge, image, method="queries"), apply(of_bridge, tokens, method="text")
-    return queries, text, apply(of_bridge, image, tokens, method="match")
+    output = {"params": PARAMS["bridge"]}
+    queries, text = apply(output, image, method="queries"), apply(output, tokens, method="text")
+    return queries, text, apply(output, image, tokens, method="match")
 
 
 def naive(x: np.ndarray, weights: Any, queries: int, image: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """The stack for one example in NumPy, float64, without a line of the model's code."""
+    """The stack for one example in NumPy float64, independent of the model's code."""
 
     def norm(x: np.ndarray, p: Any) -> np.ndarray:
         x = x - x.mean(-1, keepdims=True)
@@ -72,8 +73,8 @@ def naive(x: np.ndarray, weights: Any, queries: int, image: np.ndarray, allowed:
                 for y, name in ((x, "query"), (kv, "key"), (kv, "value"))
             )
             scores = np.where(allowed, q @ k.T / np.sqrt(q.shape[1]), -np.inf)
-            shares = np.exp(scores - scores.max(1, keepdims=True))
-            total += shares / shares.sum(1, keepdims=True) @ v @ p["out"]["kernel"][head]
+            probs = np.exp(scores - scores.max(1, keepdims=True))
+            total += probs / probs.sum(1, keepdims=True) @ v @ p["out"]["kernel"][head]
         return total + p["out"]["bias"]
 
     def mlp(x: np.ndarray, p: Any) -> np.ndarray:
@@ -97,8 +98,8 @@ def naive(x: np.ndarray, weights: Any, queries: int, image: np.ndarray, allowed:
     return np.concatenate([q, t])
 
 
-def test_the_three_masks_against_a_naive_reference() -> None:
-    """Figure 2 written out, one objective at a time: what one pass of the model gives for two of them."""
+def test_all_three_masks_match_a_naive_reference() -> None:
+    """Figure 2 written out, one objective at a time; the model computes two of them in one pass."""
     p = PARAMS["bridge"]
     queries, cls, hidden = read(IMAGE, TOKENS)
     match = alone(IMAGE, TOKENS)[2]
@@ -111,13 +112,13 @@ def test_the_three_masks_against_a_naive_reference() -> None:
         text = p["token_embedding"]["embedding"][TOKENS[row]] + p["position_embedding"]
         with_cls = np.concatenate([(p["cls_embedding"] + p["position_embedding"][0])[None], text[1:]])
         is_query, real = np.arange(q + t) < q, np.arange(q + t) < q + length
-        for name, given in (("contrastive", with_cls), ("generation", text), ("matching", with_cls)):
+        for name, inputs in (("contrastive", with_cls), ("generation", text), ("matching", with_cls)):
             allowed = np.empty((q + t, q + t), bool)
             for s, m in np.ndindex(allowed.shape):
                 same = is_query[s] == is_query[m]
                 seen = {"contrastive": same, "generation": m <= s if not is_query[s] else same, "matching": True}
                 allowed[s, m] = seen[name] and real[m]
-            wanted = naive(np.concatenate([p["query_tokens"], given]), p, q, image, allowed)
+            wanted = naive(np.concatenate([p["query_tokens"], inputs]), p, q, image, allowed)
             if name == "contrastive":
                 np.testing.assert_allclose(queries[row], wanted[:q], atol=2e-5)
                 np.testing.assert_allclose(cls[row], wanted[q], atol=2e-5)
@@ -128,51 +129,51 @@ def test_the_three_masks_against_a_naive_reference() -> None:
                 np.testing.assert_allclose(match[row], logits.mean(axis=0), atol=2e-5)
 
 
-def test_who_changes_whom() -> None:
+def test_masks_block_exactly_the_forbidden_influences() -> None:
     queries, cls, hidden = read(IMAGE, TOKENS)
-    # One pass is what queries and text give by themselves.
+    # One combined pass equals separate passes of queries and text.
     for found, wanted in zip((queries, cls), alone(IMAGE, TOKENS)[:2], strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
-    # No future token changes an earlier output; the queries see no text; [CLS] sees all of it.
+    # No future token changes an earlier output; the queries ignore text; [CLS] attends to all of it.
     other = TOKENS.copy()
     other[0, 5] = other[0, 5] % 30 + 4
     changed = read(IMAGE, other)
     np.testing.assert_array_equal(changed[0], queries)
     np.testing.assert_array_equal(changed[2][0, :5], hidden[0, :5])
     assert not np.allclose(changed[2][0, 5], hidden[0, 5]) and not np.allclose(changed[1][0], cls[0])
-    # The text that is compared sees no image, the text to predict does.
+    # The contrastive text ignores the image; the caption does not.
     changed = read(IMAGE + 1.0 * (np.arange(16) % 3), TOKENS)
     np.testing.assert_array_equal(changed[1], cls)
     assert not np.allclose(changed[2], hidden) and not np.allclose(changed[0], queries)
-    # More padding changes nothing.
+    # More padding does not change the result.
     shorter = read(IMAGE[1:2], TOKENS[1:2, :7])
     np.testing.assert_allclose(shorter[1], cls[1:2], atol=1e-5)
     np.testing.assert_allclose(shorter[2][:, :5], hidden[1:2, :5], atol=1e-5)
 
 
-def test_hard_pairs_are_wrong_and_likelier_the_more_alike() -> None:
-    tokens = np.stack([TOKENS[0], TOKENS[0], TOKENS[1], TOKENS[2]])  # the first two say the same
+def test_hard_pairs_are_wrong_and_more_likely_when_similar() -> None:
+    tokens = np.stack([TOKENS[0], TOKENS[0], TOKENS[1], TOKENS[2]])  # the first two texts are equal
     logits = np.log(np.array([[9, 9, 3, 1], [9, 9, 1, 3], [1, 1, 9, 2], [2, 2, 2, 9]], np.float32))
     draw = jax.jit(jax.vmap(lambda key: bridge.hard_pairs(logits, tokens, key)))
     images, texts, matches = (np.asarray(x) for x in draw(jax.random.split(jax.random.key(0), 2000)))
     assert (images[:, :8] == [*range(4)] * 2).all() and (texts[:, :4] == range(4)).all()
     assert (texts[:, 8:] == range(4)).all() and (matches == ([1] * 4 + [0] * 8)).all()
-    # softmax over the texts that are not its own: 3 to 1; over the images of a column: 3 to 1 to 2. Six deviations.
+    # Softmax over the wrong texts: 3 to 1; over the images of a column: 3 to 1 to 2. Six standard deviations.
     assert abs(np.mean(texts[:, 4] == 2) - 0.75) < 6 * np.sqrt(0.75 * 0.25 / 2000)
     assert abs(np.mean(images[:, 10] == 0) - 0.5) < 6 * np.sqrt(0.25 / 2000)
-    # Where all say the same, what is drawn is not called wrong.
+    # If all texts are equal, drawn pairs are labeled as matching.
     assert bridge.hard_pairs(logits, tokens[:1].repeat(4, axis=0), jax.random.key(0))[2].all()
 
 
-def test_the_losses_are_of_the_nearest_query_and_of_the_pairs() -> None:
+def test_losses_use_the_nearest_query_and_the_drawn_pairs() -> None:
     model: Any = CoCa(ONE.model)
     images, key = tiny.images(ONE.model, 4), jax.random.key(3)
     parts = {"contrastive": True, "captioning": True, "matching": True, "key": key}
-    forward = jax.jit(lambda params, *given: model.apply({"params": params}, *given, method="forward", **parts))
+    forward = jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs, method="forward", **parts))
     output = forward(PARAMS, images, TOKENS)
     image, text = np.asarray(output.image_features, np.float64), np.asarray(output.text_features, np.float64)
-    alike = np.array([[max(query @ words for query in picture) for words in text] for picture in image])
-    logits = alike * float(output.logit_scale)
+    similarities = np.array([[max(query @ row for query in queries) for row in text] for queries in image])
+    logits = similarities * float(output.logit_scale)
 
     def cross_entropy(scores: np.ndarray, right: np.ndarray) -> float:
         return float(np.mean(np.log(np.exp(scores).sum(1)) - scores[np.arange(len(scores)), right]))
@@ -180,11 +181,11 @@ def test_the_losses_are_of_the_nearest_query_and_of_the_pairs() -> None:
     own = np.arange(4)
     contrastive = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
     head = np.asarray(PARAMS["bridge"]["token_embedding"]["embedding"].T, np.float64)
-    written = np.concatenate(
+    caption_logits = np.concatenate(
         [(np.asarray(output.hidden[row], np.float64) @ head)[: length - 1] for row, length in enumerate(LENGTHS)]
     )
-    following = np.concatenate([TOKENS[row, 1:length] for row, length in enumerate(LENGTHS)])
-    captioning = cross_entropy(written, following)
+    next_tokens = np.concatenate([TOKENS[row, 1:length] for row, length in enumerate(LENGTHS)])
+    captioning = cross_entropy(caption_logits, next_tokens)
     rows, texts, matches = (np.asarray(x) for x in bridge.hard_pairs(np.float32(logits), TOKENS, key))
     encode = jax.jit(lambda params: model.apply({"params": params}, images, method=lambda m, x: m.image_encoder(x)))
     patch_tokens = np.asarray(encode(PARAMS))
@@ -197,7 +198,7 @@ def test_the_losses_are_of_the_nearest_query_and_of_the_pairs() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_flops_are_those_of_the_traced_model(stage: int) -> None:
+def test_flops_equal_the_products_of_the_traced_model(stage: int) -> None:
     weights: dict[str, Any] = {"loss__lambda_con": 0.0, "loss__lambda_match": 0.0} if stage == 2 else {}
     c = tiny.replace(ONE, model__bridge__stage=stage, **weights)
     wanted: Any = {"contrastive": stage == 1, "captioning": True}
@@ -214,17 +215,17 @@ def test_flops_are_those_of_the_traced_model(stage: int) -> None:
 
 
 def on_meshes() -> None:
-    """Run with 8 devices: losses and negatives are those of one; all of the bridge is trained, and no more."""
+    """Runs with 8 devices: losses and negatives equal those of one device, and only the bridge's parts are trained."""
     from tests.train.step_test import run_step
 
-    # Captions need no other example, and have a test of their own: without them there is less to compile.
+    # Captions do not depend on other examples and are tested separately; leaving them out compiles less.
     c = tiny.replace(ONE, optimizer__clip_norm=0.0, optimizer__freeze=patterns(ONE), loss__lambda_cap=0.0)
     gradients, _, one = run_step(c, (1, 1, 1))
     flat = traverse_util.flatten_dict(gradients, sep="/")
     assert {path.split("/")[0] for path in flat} == {"bridge", "image_projection", "text_projection", "logit_scale"}
-    # A key's bias moves all scores of a query alike.
+    # A key's bias shifts all scores of a query equally, so its gradient is zero.
     assert not [path for path, leaf in flat.items() if not np.any(leaf) and not path.endswith("key/bias")]
-    # Zero at first, the matching head answers as a coin would.
+    # The zero-initialized matching head predicts 50%.
     assert abs(one[0]["loss/matching"] - np.log(2)) < 1e-5 and abs(one[0]["accuracy/matching"] - 2 / 3) < 1e-6
     _, _, other = run_step(c, (2, 2, 2))
     for a, b in zip(one, other, strict=True):
@@ -237,14 +238,14 @@ def test_eight_devices_equal_one(run_python) -> None:
     run_python(on_meshes, timeout=290)
 
 
-def test_a_text_beyond_the_positions_is_refused() -> None:
+def test_a_text_longer_than_the_positions_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"shape \(1, 10\) are longer than the 9 positions"):
         CoCa(ONE.model).apply({"params": PARAMS}, np.ones((1, 10), np.int32), method="encode_text")
 
 
 @pytest.mark.parametrize("width", [12, 16])
-def test_the_logits_of_stage_one_are_of_its_own_head(width: int) -> None:
-    """Not of the text decoder's, which waits for stage two, and which is 16 wide."""
+def test_stage_one_logits_use_the_bridges_own_head(width: int) -> None:
+    """Not the text decoder's head, which is for stage two and 16 wide."""
     model = tiny.replace(ONE.model, bridge__width=width, text__tie_embeddings=False)
     params = parameters(tiny.replace(ONE, model=model))
     output = CoCa(model).apply({"params": params}, tiny.images(model, 4), TOKENS)

@@ -14,7 +14,7 @@ from coca_jax.model.image_encoder import ImageEncoder
 from tests import tiny
 
 KINDS = ("parallel", "cascade", "single")
-# As open_clip builds it.
+# open_clip's architecture.
 OPEN_CLIP = tiny.replace(
     tiny.MODEL,
     image__class_token=True,
@@ -34,7 +34,7 @@ MODELS = {kind: tiny.replace(tiny.MODEL, pooler__kind=kind) for kind in KINDS} |
 }
 each_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
-# float32, sums in another order: a few units in the last place of values near 1.
+# float32 sums in another order differ by a few units in the last place for values near 1.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -43,7 +43,7 @@ def apply(model: config.Model, params: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @each_model
-def test_output_has_the_promised_shapes_and_types(model: config.Model) -> None:
+def test_outputs_have_the_documented_shapes_and_dtypes(model: config.Model) -> None:
     model = tiny.replace(model, dtype="bfloat16")
     output = apply(model, tiny.parameters(model), tiny.images(model, 3), tiny.tokens(model, [9, 4, 2]))
     queries = model.pooler.queries - (model.pooler.kind == "single")
@@ -51,7 +51,7 @@ def test_output_has_the_promised_shapes_and_types(model: config.Model) -> None:
     assert output.image_tokens.shape == (3, queries, 16)
     assert output.logits.shape == (3, 9, 40)
     assert output.logit_scale.shape == ()
-    # Whatever the compute type: what losses are made of is float32.
+    # The inputs of the losses are float32 whatever the compute dtype.
     assert {output.image_features.dtype, output.text_features.dtype, output.logits.dtype} == {jnp.dtype("float32")}
     assert output.image_tokens.dtype == jnp.bfloat16
     for features in (output.image_features, output.text_features):
@@ -76,8 +76,9 @@ def test_no_future_token_changes_an_earlier_logit(model: config.Model) -> None:
 
 
 @each_model
-def test_padding_changes_nothing(model: config.Model) -> None:
-    # open_clip's legacy mask lets [CLS] see one padding position: there, padding is kept at the full length as it does.
+def test_more_padding_does_not_change_the_outputs(model: config.Model) -> None:
+    # open_clip's legacy mask lets [CLS] attend to one padding position, so the text features of that mask are not
+    # compared.
     params, images = tiny.parameters(model), tiny.images(model, 2)
     tokens = tiny.tokens(model, [4, 5])
     short, full = (apply(model, params, images, t) for t in (tokens[:, :5], tokens))
@@ -87,8 +88,8 @@ def test_padding_changes_nothing(model: config.Model) -> None:
         np.testing.assert_allclose(short.text_features, full.text_features, **CLOSE)
 
 
-def test_text_embedding_of_a_prefix_does_not_see_what_follows() -> None:
-    # The prefix as a text of its own equals the prefix in a wider batch; and [CLS] does read every real token.
+def test_text_features_depend_on_every_real_token_and_no_other() -> None:
+    # A prefix as its own text equals the prefix in a longer row, and [CLS] attends to every real token.
     model, params = tiny.MODEL, tiny.parameters(tiny.MODEL)
     tokens = tiny.tokens(model, [9, 6])
     prefix = np.where(np.arange(9) < 4, tokens, 0).astype(np.int32)
@@ -115,18 +116,18 @@ def test_legacy_cls_mask_is_shifted_by_one() -> None:
 def test_cached_decoding_equals_teacher_forcing(model: config.Model) -> None:
     params, images = tiny.parameters(model), tiny.images(model, 2)
     tokens = tiny.tokens(model, [9, 9])
-    whole = apply(model, params, images, tokens)
-    prompt = 3  # several tokens at once, then one by one
+    full = apply(model, params, images, tokens)
+    prompt = 3  # several tokens in one pass, then one per step
     step = jax.jit(lambda t, cache: apply(model, params, t, cache, method="decode_step"))
-    logits, cache = apply(model, params, tokens[:, :prompt], whole.image_tokens, 9, method="prefill")
-    np.testing.assert_allclose(logits, whole.logits[:, :prompt], **CLOSE)
+    logits, cache = apply(model, params, tokens[:, :prompt], full.image_tokens, 9, method="prefill")
+    np.testing.assert_allclose(logits, full.logits[:, :prompt], **CLOSE)
     for at in range(prompt, 9):
         logits, cache = step(tokens[:, at : at + 1], cache)
-        np.testing.assert_allclose(logits[:, 0], whole.logits[:, at], **CLOSE)
+        np.testing.assert_allclose(logits[:, 0], full.logits[:, at], **CLOSE)
 
 
 @pytest.mark.slow
-def test_scan_unrolling_and_rematerialisation_change_nothing() -> None:
+def test_scan_unrolling_and_rematerialization_do_not_change_results() -> None:
     params, images = tiny.parameters(tiny.MODEL), tiny.images(tiny.MODEL, 2)
     tokens = tiny.tokens(tiny.MODEL, [9, 5])
 
@@ -155,19 +156,19 @@ def test_the_image_is_encoded_once(model: config.Model) -> None:
             calls.append(context.module.path)
         return run(*args, **kwargs)
 
-    params = tiny.parameters(model)  # initialises the model: not to be counted
+    params = tiny.parameters(model)  # initializes the model, outside the count
     with nn.intercept_methods(count):
         apply(model, params, tiny.images(model, 1), tiny.tokens(model, [5]))
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_half_that_is_not_asked_for_has_no_parameters_and_is_none(kind: str) -> None:
+def test_an_unrequested_half_has_no_parameters_and_no_outputs(kind: str) -> None:
     model = tiny.replace(tiny.MODEL, pooler__kind=kind)
     images, tokens = tiny.images(model, 1), tiny.tokens(model, [5])
 
-    def init(**halves: bool) -> tuple[Output, Any]:
-        return CoCa(model).init_with_output(jax.random.key(0), images, tokens, method="forward", **halves)
+    def init(**parts: bool) -> tuple[Output, Any]:
+        return CoCa(model).init_with_output(jax.random.key(0), images, tokens, method="forward", **parts)
 
     output, variables = init(captioning=False)
     assert output.hidden is None
@@ -178,13 +179,13 @@ def test_a_half_that_is_not_asked_for_has_no_parameters_and_is_none(kind: str) -
     assert not {"contrastive_pooler", "image_projection", "text_projection"} & set(variables["params"])
 
 
-def test_no_multimodal_layers_is_a_contrastive_model() -> None:
+def test_a_model_without_multimodal_layers_is_contrastive() -> None:
     model = tiny.replace(tiny.MODEL, text__n_multi=0)
     output = CoCa(model).init_with_output(jax.random.key(0), tiny.images(model, 2), tiny.tokens(model, [5, 9]))[0]
     assert output.logits is None and output.text_features.shape == (2, 8)
 
 
-def test_wrong_shapes_are_refused_by_name() -> None:
+def test_wrong_shapes_are_rejected_with_both_shapes() -> None:
     model, params = tiny.MODEL, tiny.parameters(tiny.MODEL)
     with pytest.raises(ValueError, match=r"\(1, 20, 20, 3\).*\[b, 16, 16, 3\]"):
         apply(model, params, jnp.zeros((1, 20, 20, 3)), tiny.tokens(model, [5]))
@@ -192,5 +193,5 @@ def test_wrong_shapes_are_refused_by_name() -> None:
         apply(model, params, tiny.images(model, 1), jnp.ones((1, 10), jnp.int32))
     pooled = jnp.zeros((1, 4, 16))
     for prompt, length in ((3, 10), (3, 2), (10, 10)):
-        with pytest.raises(ValueError, match=rf"length={length} of a cache .* \(1, {prompt}\) .*text\.length=9"):
+        with pytest.raises(ValueError, match=rf"length={length} .*\(1, {prompt}\).*text\.length=9"):
             apply(model, params, jnp.ones((1, prompt), jnp.int32), pooled, length, method="prefill")

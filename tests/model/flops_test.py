@@ -18,9 +18,10 @@ BATCH = 4
 
 
 def products(jaxpr: Any) -> float:
-    """Operations of a program's products: twice the product of all their axes, each counted once; loops as they run.
+    """Operations of a program's matrix products, counting a loop's body once per iteration.
 
-    What nothing needs is left out, as a compiler does; of a choice by platform all branches have as many.
+    A product has twice as many operations as the product of all its axes, each counted once. Dead code is removed, as a
+    compiler does; all branches of a choice by platform must have equal counts.
     """
     jaxpr, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     total = 0.0
@@ -44,9 +45,9 @@ def products(jaxpr: Any) -> float:
 
 
 def forward(model: config.Model, params: Any, images: Any, tokens: Any, contrastive: bool, captioning: bool) -> Any:
-    """The forward pass and both objectives' products, written out naively."""
-    halves: Any = {"contrastive": contrastive, "captioning": captioning}
-    output: Any = CoCa(model).apply({"params": params}, images, tokens, method="forward", **halves)
+    """The forward pass and the products of both objectives, written naively."""
+    parts: Any = {"contrastive": contrastive, "captioning": captioning}
+    output: Any = CoCa(model).apply({"params": params}, images, tokens, method="forward", **parts)
     total = jnp.zeros(())
     if contrastive:
         total += jnp.sum(jnp.square(output.image_features @ output.text_features.T))
@@ -62,7 +63,7 @@ def arguments(model: config.Model) -> tuple[Any, Any, Any]:
     return params, images, tokens
 
 
-# No two sizes alike, so that one taken for another shows.
+# All sizes differ, so that mixing up two of them is detected.
 ODD = tiny.replace(
     tiny.MODEL,
     embed_dim=6,
@@ -81,17 +82,17 @@ def test_forward_equals_the_products_of_the_traced_model(kind: str, contrastive:
     assert BATCH * counted.total == products(jaxpr.jaxpr)
 
 
-def test_training_is_three_forward_passes_but_for_the_pictures_gradient() -> None:
+def test_training_costs_three_forward_passes_except_for_the_pixels_gradient() -> None:
     jaxpr = jax.make_jaxpr(jax.grad(lambda p, i, t: forward(ODD, p, i, t, True, True)))(*arguments(ODD))
     counted = flops.forward(ODD, batch_size=BATCH).total
-    # Nobody asks for the gradient of the pixels, nor are the pooler's queries images' own: the first product has one
-    # backward product and not two.
+    # No pixel gradient is computed, and the pooler's queries do not depend on images: the first product has one
+    # backward product, not two.
     patches = 2 * 4 * 4 * (4 * 4 * 3) * 24
     assert BATCH * (3 * counted - patches) == products(jaxpr.jaxpr)
 
 
-def test_xla_counts_the_same_but_for_elementwise_operations() -> None:
-    # One layer each, because XLA counts a loop's body once; wide, because norms and softmax are counted there too.
+def test_xla_counts_the_same_except_for_elementwise_operations() -> None:
+    # One layer each, because XLA counts a loop's body once; wide, because XLA also counts norms and softmax.
     image = config.ImageEncoder(size=32, patch=4, width=256, depth=1, heads=2, mlp_dim=1024)
     text = config.TextDecoder(vocab_size=4096, length=32, width=256, heads=2, mlp_dim=1024, n_uni=1, n_multi=1)
     model = tiny.replace(tiny.MODEL, embed_dim=256, image=image, text=text, pooler__queries=16)
@@ -102,23 +103,25 @@ def test_xla_counts_the_same_but_for_elementwise_operations() -> None:
 
 # open_clip's docs/model_profile.csv (fvcore's count of one image and one text, a multiply-add as two), in GFLOP.
 @pytest.mark.parametrize(
-    ("name", "everything", "image", "text"),
+    ("name", "total", "image", "text"),
     [("coca_ViT-B-32", 33.34, 9.19, 5.96), ("coca_ViT-L-14", 214.52, 163.64, 13.3)],
 )
-def test_published_counts(name: str, everything: float, image: float, text: float) -> None:
+def test_counts_equal_the_published_ones_of_open_clip(name: str, total: float, image: float, text: float) -> None:
     counted = flops.forward(open_clip.model_config(name), batch_size=0)
-    # To the last digit that is printed; the projection of one feature is below it.
-    assert counted.total / 1e9 == pytest.approx(everything, abs=0.006)
+    # Equal to the last printed digit; the projection of one feature is smaller than that.
+    assert counted.total / 1e9 == pytest.approx(total, abs=0.006)
     assert (counted.image_encoder + counted.poolers) / 1e9 == pytest.approx(image, abs=0.006)
     assert counted.unimodal / 1e9 == pytest.approx(text, abs=0.006)
 
 
-def test_a_step_counts_the_global_batch_and_the_halves_that_are_trained() -> None:
+def test_a_step_counts_the_global_batch_and_the_trained_parts() -> None:
     c = tiny.CONFIG
     one = flops.forward(c.model, batch_size=c.batch_size)
-    assert flops.of_step(c) == 3 * c.batch_size * one.total
-    assert flops.of_step(tiny.replace(c, microbatches=4, model__image__remat="everything")) == flops.of_step(c)
-    captioner = flops.of_step(tiny.replace(c, loss__lambda_con=0.0))
-    assert captioner < flops.of_step(c) - 3 * c.batch_size * one.contrastive
-    clip = flops.of_step(tiny.replace(c, loss__lambda_cap=0.0))
-    assert clip < flops.of_step(c) - 3 * c.batch_size * (one.multimodal + one.softmax)
+    assert flops.train_step_flops(c) == 3 * c.batch_size * one.total
+    assert flops.train_step_flops(
+        tiny.replace(c, microbatches=4, model__image__remat="everything")
+    ) == flops.train_step_flops(c)
+    captioner = flops.train_step_flops(tiny.replace(c, loss__lambda_con=0.0))
+    assert captioner < flops.train_step_flops(c) - 3 * c.batch_size * one.contrastive
+    clip = flops.train_step_flops(tiny.replace(c, loss__lambda_cap=0.0))
+    assert clip < flops.train_step_flops(c) - 3 * c.batch_size * (one.multimodal + one.softmax)

@@ -1,4 +1,4 @@
-"""Classifiers: what they read, what exists for them, and that meshes and microbatches change nothing."""
+"""Classifiers: what they read, which parameters exist, and independence of meshes and microbatches."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parameters(c: config.Config, seed: int = 0) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("reads", "there", "absent"),
+    ("reads", "present", "absent"),
     [
         ("pooler", {"classifier", "image_encoder"}, {"text_decoder", "contrastive_pooler", "generative_pooler"}),
         (
@@ -52,21 +52,21 @@ def parameters(c: config.Config, seed: int = 0) -> Any:
         ("decoder", {"classifier", "text_decoder", "generative_pooler"}, {"contrastive_pooler", "text_projection"}),
     ],
 )
-def test_what_a_task_does_not_read_does_not_exist(reads: str, there: set[str], absent: set[str]) -> None:
+def test_a_task_has_no_parameters_that_it_does_not_read(reads: str, present: set[str], absent: set[str]) -> None:
     shapes = state.abstract_parameters(task(reads))
-    assert there <= shapes.keys() and not absent & shapes.keys()
+    assert present <= shapes.keys() and not absent & shapes.keys()
     assert "lm_head" not in shapes.get("text_decoder", {})
     assert shapes["classifier"]["linear"]["kernel"].shape == (16, 5)
 
 
 @pytest.mark.parametrize("kind", ["cascade", "single"])
-def test_a_pooler_of_its_own_needs_no_other_whatever_the_kind(kind: str) -> None:
+def test_the_classifiers_pooler_needs_no_other_pooler_of_any_kind(kind: str) -> None:
     c = task("pooler", model__pooler__kind=kind)
     assert state.abstract_parameters(c).keys() == {"classifier", "image_encoder", "logit_scale"}
     assert flops.forward(c.model, batch_size=8, contrastive=False, captioning=False, classes=True).poolers == 0
 
 
-def test_an_answer_reads_the_last_word_and_no_padding() -> None:
+def test_an_answer_depends_on_the_last_token_and_not_on_padding() -> None:
     c = task("decoder")
     params, b = parameters(c), batch(c)
     model = CoCa(c.model)
@@ -78,29 +78,29 @@ def test_an_answer_reads_the_last_word_and_no_padding() -> None:
     short[:, LENGTHS[1] - 1] = np.where(np.array(LENGTHS) == 2, 7, short[:, 1])
     changed = np.abs(np.asarray(classify(params, images, short) - logits)).max(axis=1) > 1e-6
     assert (changed == (b["tokens"][:, 1] != short[:, 1])).all() and changed.any()
-    # Fewer columns of padding, the same answers.
+    # Less padding gives the same answers.
     rows = np.array(LENGTHS) <= 3
     np.testing.assert_allclose(classify(params, images[rows], b["tokens"][rows][:, :4]), logits[rows], atol=1e-5)
 
 
-def test_the_frames_places_tell_their_order() -> None:
+def test_frame_embeddings_make_the_order_of_frames_matter() -> None:
     c = task("pooler", 3)
     params, b = parameters(c), batch(c)
     images = jnp.asarray(b["images"], jnp.float32) / 255
     classify = jax.jit(lambda p, i: CoCa(c.model).apply({"params": p}, i, b["tokens"], method="classify"))
     forward, backward = classify(params, images), classify(params, images[:, ::-1])
     assert np.abs(forward - backward).max() > 1e-3
-    params["classifier"]["frame_embedding"][:] = 0  # as they begin: the paper's pooler
+    params["classifier"]["frame_embedding"][:] = 0  # the initial value: the paper's pooler
     np.testing.assert_allclose(classify(params, images), classify(params, images[:, ::-1]), atol=1e-5)
 
 
-@pytest.mark.parametrize("given", [(), (1,), (3,), (4,)], ids=str)
-def test_clips_of_another_number_of_frames_are_refused(given: tuple[int, ...]) -> None:
-    """Their tokens are as many as two frames of another size would have: nothing else tells."""
+@pytest.mark.parametrize("frames", [(), (1,), (3,), (4,)], ids=str)
+def test_clips_with_another_number_of_frames_are_rejected(frames: tuple[int, ...]) -> None:
+    """Two frames of another size could have as many tokens, so the number of tokens does not reveal the mistake."""
     c = task("pooler", 2)
-    images = jax.ShapeDtypeStruct((1, *given, 16, 16, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *frames, 16, 16, 3), jnp.float32)
     classify = lambda p, i: CoCa(c.model).apply({"params": p}, i, batch(c)["tokens"][:1], method="classify")  # noqa: E731
-    with pytest.raises(ValueError, match=r"of clips of 2 frames: give \[b, 2, size, size, 3\]"):
+    with pytest.raises(ValueError, match=r"clips of 2 frames.*\[b, 2, size, size, 3\]"):
         jax.eval_shape(classify, parameters(c), images)
 
 
@@ -131,7 +131,7 @@ def same(found: tuple[Any, dict[str, float]], wanted: tuple[Any, dict[str, float
 
 
 def check_devices() -> None:
-    """Runs with 8 devices: clips over a mesh in microbatches, and questions over it, against one device at once."""
+    """Runs with 8 devices: clips in microbatches on a mesh, and questions on a mesh, equal one device."""
     for c, count in ((task("pooler", 2), 2), (task("decoder"), 1)):
         params, b = parameters(c), {k: np.concatenate([v] * 2) for k, v in batch(c).items()}
         wanted = compute(c, params, b)
@@ -148,19 +148,19 @@ def test_eight_devices_equal_one(run_python) -> None:
     run_python(check_devices, timeout=290)
 
 
-def test_flops_of_what_is_trained() -> None:
+def test_flops_count_only_trained_parts_three_times() -> None:
     c = task("pooler", 2)
     parts = flops.forward(c.model, batch_size=8, contrastive=False, captioning=False, classes=True)
     assert parts.unimodal == parts.multimodal == parts.softmax == parts.poolers == parts.contrastive == 0
     one = flops.forward(task("pooler").model, batch_size=8, contrastive=False, captioning=False, classes=True)
     assert parts.image_encoder == 2 * one.image_encoder
-    assert flops.of_step(c) == pytest.approx(3 * 8 * parts.total)
+    assert flops.train_step_flops(c) == pytest.approx(3 * 8 * parts.total)
     locked = tiny.replace(c, optimizer__freeze=("(?!classifier/).*",))
-    assert flops.of_step(locked) == pytest.approx(8 * (parts.image_encoder + 2 * parts.classifier))
+    assert flops.train_step_flops(locked) == pytest.approx(8 * (parts.image_encoder + 2 * parts.classifier))
     assert frozen.patterns(locked) == locked.optimizer.freeze
 
 
-def test_the_last_token_is_found_behind_one_with_the_id_of_padding() -> None:
+def test_the_last_token_is_found_after_one_with_the_padding_id() -> None:
     """CLIP's vocabulary pads with the id of the "!" in "!("."""
     tokens = np.array([[2, 0, 5, 1, 0, 0], [2, 7, 8, 9, 0, 1], [2, 0, 0, 0, 0, 0], [0] * 6], np.int32)
     hidden = np.broadcast_to(np.arange(6.0)[None, :, None], (4, 6, 1))

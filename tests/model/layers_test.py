@@ -9,7 +9,7 @@ from coca_jax.model import layers
 
 
 @pytest.mark.parametrize("approximate", [False, True])
-def test_gelu_and_its_derivative_are_those_of_jax(approximate: bool) -> None:
+def test_gelu_and_its_derivative_equal_those_of_jax(approximate: bool) -> None:
     x = jnp.linspace(-12, 12, 24_001, dtype=jnp.float32)
 
     def both(function: object) -> tuple[jax.Array, jax.Array]:
@@ -20,7 +20,7 @@ def test_gelu_and_its_derivative_are_those_of_jax(approximate: bool) -> None:
     found = both(lambda x: layers.gelu(x, approximate))
     wanted = both(lambda x: jax.nn.gelu(x, approximate=approximate))
     for a, b in zip(found, wanted, strict=True):
-        # 1 + erf is rounded at 1, and is then multiplied by x: an absolute error of half a unit in its last place each.
+        # 1 + erf is rounded at 1 and then multiplied by x: an absolute error of half a unit in the last place each.
         np.testing.assert_allclose(a, b, rtol=3e-7, atol=3e-7 * float(jnp.abs(x).max()) / 2)
 
 

@@ -1,4 +1,4 @@
-"""Low-rank updates: nothing at first, a product of low rank then, and gradients for them alone."""
+"""Low-rank updates: zero at first, then products of low rank, with gradients for them alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVERY = (r".*/(attention|cross_attention)/\w+/kernel", ".*/mlp/.*/kernel", ".*/p
 C = tiny.replace(tiny.CONFIG, lora=config.Lora(2, 4.0, EVERY))
 
 
-def test_updates_are_products_of_the_rank() -> None:
+def test_updates_are_products_of_the_configured_rank() -> None:
     shapes = state.abstract_parameters(C)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: np.asarray(rng.normal(size=leaf.shape), np.float32), shapes)
@@ -36,13 +36,13 @@ def test_updates_are_products_of_the_rank() -> None:
     a, b = updates[f"{path}/a"], updates[f"{path}/b"]
     assert a.shape == (2, 2, 8, 2) and b.shape == (2, 2, 16)
     np.testing.assert_allclose(merged[path] - before[path], 2.0 * np.einsum("lhkr,lrd->lhkd", a, b), atol=1e-5)
-    # Each has a place on the mesh, and they alone are trained.
+    # Each update has a sharding, and only updates are trained.
     for name, leaf in updates.items():
         assert "rank" in sharding.parameter_axes(f"lora/{name}", leaf.ndim)
     assert frozen.split(params, frozen.patterns(C))[0].keys() == {"lora"}
 
 
-def test_at_first_they_add_nothing() -> None:
+def test_initial_updates_are_zero() -> None:
     c = tiny.replace(C, model__image__depth=1, model__text__n_uni=1, model__text__n_multi=1)
     params = jax.jit(lambda: state.init_parameters(c, jax.random.key(0)))()
     without = jax.jit(lambda: state.init_parameters(tiny.replace(c, lora=config.Lora()), jax.random.key(0)))()
@@ -52,8 +52,8 @@ def test_at_first_they_add_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "reason"),
-    [(".*attentoin.*", "matches no parameter"), (".*attention/query/.*", "bias, which is no kernel")],
+    [(".*attentoin.*", "matches no parameter"), (".*attention/query/.*", "bias, which is not a kernel")],
 )
-def test_patterns_of_something_else_are_refused(pattern: str, reason: str) -> None:
+def test_patterns_that_match_no_kernel_are_rejected(pattern: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         state.abstract_parameters(tiny.replace(C, lora__kernels=(pattern,)))

@@ -1,4 +1,4 @@
-"""Where the poolers look: their weights are the softmax that pools, and lie on the picture's patches."""
+"""The poolers' attention weights are the softmax that pools, and map to the image's patches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def norm(x: np.ndarray, p: dict[str, np.ndarray], eps: float) -> np.ndarray:
 
 
 def pooled(p: Any, tokens: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """A pooler in float64, loop by loop: what it gives `[b, q, d]`, and its softmax, mean over heads `[b, q, n]`."""
+    """A pooler in float64, written as loops: outputs `[b, q, d]`, and softmax averaged over heads `[b, q, n]`."""
     query, tokens = norm(p["query_tokens"], p["query_norm"], eps), norm(tokens, p["token_norm"], eps)
     a, outputs, weights = p["attention"], [], []
     for row in tokens:
@@ -42,7 +42,7 @@ def pooled(p: Any, tokens: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarr
 
 
 @pytest.mark.parametrize("kind", ["parallel", "cascade", "single"])
-def test_weights_are_the_softmax_that_pools(kind: str) -> None:
+def test_attention_weights_are_the_softmax_that_pools(kind: str) -> None:
     model = tiny.replace(tiny.MODEL, pooler__kind=kind, image__class_token=True)
     params, images = tiny.parameters(model, seed=2), tiny.images(model, 2)
 
@@ -59,37 +59,38 @@ def test_weights_are_the_softmax_that_pools(kind: str) -> None:
         contrastive = pooled(params["contrastive_pooler"], read, model.norm_eps)[1]
         if kind == "cascade":
             contrastive = contrastive @ generative
-    np.testing.assert_allclose(apply("encode_image").image_tokens, tokens, atol=1e-4)  # it is this pooler
+    np.testing.assert_allclose(apply("encode_image").image_tokens, tokens, atol=1e-4)  # the reference is this pooler
     for is_contrastive, wanted in ((True, contrastive), (False, generative)):
         found = apply("attention", contrastive=is_contrastive)
-        assert wanted.std() > 1e-3  # it does look somewhere
+        assert wanted.std() > 1e-3  # the weights are not uniform
         np.testing.assert_allclose(found, wanted, atol=1e-5)
         np.testing.assert_allclose(found.sum(axis=-1), 1.0, rtol=1e-5)
 
 
-def test_attention_of_a_loaded_model_lies_on_the_patches() -> None:
-    # Without a place of its own, a patch is taken for what it shows: to move it moves its weight, row and column.
+def test_attention_of_a_loaded_model_maps_to_the_patches() -> None:
+    # Without position embeddings a patch is known by its content alone: moving it moves its weight to the new row and
+    # column.
     params = tiny.parameters(tiny.MODEL)
     params["image_encoder"]["position_embedding"] *= 0
     coca = Pretrained(Weights(config.Config(model=tiny.MODEL), params, None, 1))
-    places, pictures = ((0, 1), (2, 3)), np.full((2, 16, 16, 3), 255, np.uint8)
-    for picture, (row, column) in zip(pictures, places, strict=True):
-        picture[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 0
-    found = coca.attention(list(pictures))
+    positions, images = ((0, 1), (2, 3)), np.full((2, 16, 16, 3), 255, np.uint8)
+    for image, (row, column) in zip(images, positions, strict=True):
+        image[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 0
+    found = coca.attention(list(images))
     assert found.shape == (2, 4, 4, 4) and found.dtype == np.float32
     np.testing.assert_allclose(found.sum(axis=(2, 3)), 1.0, rtol=1e-5)
-    dark = [at[0][place] for at, place in zip(found, places, strict=True)]
+    dark = [at[0][position] for at, position in zip(found, positions, strict=True)]
     assert dark[0] == pytest.approx(dark[1], rel=1e-4)
-    for at, (row, column) in zip(found, places, strict=True):
+    for at, (row, column) in zip(found, positions, strict=True):
         rest = np.delete(at[0].ravel(), 4 * row + column)
         assert abs(at[0, row, column] - rest.mean()) > 100 * rest.std()
-    assert coca.attention(pictures[0], pooler="contrastive").shape == (1, 1, 4, 4)
+    assert coca.attention(images[0], pooler="contrastive").shape == (1, 1, 4, 4)
     with pytest.raises(ValueError, match="pooler='text' must be one of contrastive, generative"):
-        coca.attention(pictures, pooler="text")
+        coca.attention(images, pooler="text")
 
 
 @pytest.mark.parametrize(("weight", "pooler"), [("lambda_con", "contrastive"), ("lambda_cap", "generative")])
-def test_a_pooler_that_is_not_there_is_said(weight: str, pooler: str) -> None:
+def test_attention_of_a_missing_pooler_names_the_loss_weight(weight: str, pooler: str) -> None:
     c = config.Config(model=tiny.MODEL, loss=config.Loss(**{weight: 0.0}))
     with pytest.raises(ValueError, match=f"{weight}=0 and has no such half"):
         Pretrained(Weights(c, {}, None, 1)).attention(np.zeros((16, 16, 3), np.uint8), pooler=pooler)

@@ -1,4 +1,4 @@
-"""Layers by themselves are the scan: the same parameters, values and gradients, and no stack is made for one layer."""
+"""A loop over layers equals the scan: same parameters, values and gradients, and no whole stack per layer."""
 
 from __future__ import annotations
 
@@ -41,45 +41,45 @@ def gradient(scan_unroll: int, remat: str = "none") -> Any:
 
 
 @pytest.mark.parametrize("scan_unroll", [0, 2, DEPTH, DEPTH + 1])
-def test_parameters_are_the_scans(scan_unroll: int) -> None:
+def test_the_loop_initializes_the_scans_parameters(scan_unroll: int) -> None:
     jax.tree.map(np.testing.assert_array_equal, initial(scan_unroll), initial(1))
 
 
 @pytest.mark.parametrize("remat", ["none", "dots"])
-def test_values_and_gradients_are_the_scans(remat: str) -> None:
+def test_the_loop_gives_the_scans_values_and_gradients(remat: str) -> None:
     params = initial(1)
     found, wanted = (jax.jit(gradient(scan_unroll, remat))(params, *inputs()) for scan_unroll in (0, 1))
-    # The same operations, fused otherwise: on the scale of a tensor's largest element. A key's bias has no gradient at
-    # all (it moves all scores alike), what stands there is rounding.
+    # The same operations, fused differently: compare on the scale of a tensor's largest element. A key's bias has no
+    # gradient (it shifts all scores equally); its values are rounding errors.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()) + 1e-8), found, wanted
     )
 
 
-def made(jaxpr: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of what a program makes, those of its inner programs included."""
+def outputs_of(jaxpr: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Primitive names and output shapes of a program, including its inner programs."""
     for equation in jaxpr.eqns:
         inner = [getattr(value, "jaxpr", value) for value in jax.tree.leaves(list(equation.params.values()))]
         programs = [value for value in inner if hasattr(value, "eqns")]
         for program in programs:
-            yield from made(program)
+            yield from outputs_of(program)
         if not programs:
             yield from ((equation.primitive.name, variable.aval.shape) for variable in equation.outvars)
 
 
-def test_a_layers_gradient_does_not_take_a_whole_stack() -> None:
+def test_the_gradient_of_one_layer_creates_no_whole_stack() -> None:
     params = initial(0)
     program = jax.make_jaxpr(gradient(0))(params, *inputs())
-    stacked = [name for name, shape in made(program.jaxpr) if shape[:1] == (DEPTH,) and math.prod(shape) > DEPTH]
+    stacked = [name for name, shape in outputs_of(program.jaxpr) if shape[:1] == (DEPTH,) and math.prod(shape) > DEPTH]
     assert stacked == ["concatenate"] * len(jax.tree.leaves(params))
 
 
-def test_layers_apart_are_those_of_the_stack() -> None:
+def test_unstacked_layers_give_the_outputs_of_the_stack() -> None:
     params = initial(1)
-    held = stacks.apart(params["params"], DEPTH)
-    assert len(held) == DEPTH
-    for i, layer in enumerate(held):
+    unstacked = stacks.unstack(params["params"], DEPTH)
+    assert len(unstacked) == DEPTH
+    for i, layer in enumerate(unstacked):
         jax.tree.map(lambda part, whole, i=i: np.testing.assert_array_equal(part, whole[i]), layer, params["params"])
-    named = {"params": {str(i): layer for i, layer in enumerate(held)}}
-    found, wanted = (stack(0).apply(given, *inputs())[0] for given in (named, params))
+    named = {"params": {str(i): layer for i, layer in enumerate(unstacked)}}
+    found, wanted = (stack(0).apply(parameters, *inputs())[0] for parameters in (named, params))
     np.testing.assert_array_equal(found, wanted)

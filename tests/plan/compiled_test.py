@@ -1,4 +1,4 @@
-"""Compiles for TPUs with libtpu, without a TPU. Minutes: slow."""
+"""Compile for TPUs with libtpu, without a TPU. Takes minutes: slow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coca_jax.model import flops
 from coca_jax.train import optimizer, state
 from tests import tiny_recipe
 
-# The fixture of tests/conftest.py.
+# The type of the fixture in tests/conftest.py.
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 pytestmark = [
@@ -31,7 +31,7 @@ pytestmark = [
 
 
 def plan(run_python: RunPython, folder: pathlib.Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
-    """Exit status, the JSON file and what was printed."""
+    """Exit status, contents of the JSON file, and printed output."""
     file = folder / "plan.json"
     command = ["-m", "coca_jax.plan", "--config=tests/tiny_recipe.py", "--topology=v5e:2x2", f"--json={file}"]
     done = run_python([*command, *arguments], devices=1, timeout=1500, check=False)
@@ -46,7 +46,7 @@ def test_a_small_model_fits_four_chips(run_python: RunPython, tmp_path: pathlib.
     recipe = tiny_recipe.get_config()
     recipe.mesh.update(replica=2, fsdp=2)
     c = config.from_config_dict(recipe)
-    # Half of each kernel, the rest whole: as on real devices, of which this process has too few.
+    # Half of each kernel, everything else replicated, as on real devices, of which this process has too few.
     mesh = jax.sharding.AbstractMesh((2, 2, 1), sharding.MESH_AXES)
     abstract = state.abstract(c, optimizer.make_optimizer(c.optimizer, c.steps, state.abstract_parameters(c)), mesh)
     held = sum(
@@ -56,21 +56,21 @@ def test_a_small_model_fits_four_chips(run_python: RunPython, tmp_path: pathlib.
     assert values["hbm_gib_by_kind"]["parameters"] * 2**30 == held
     assert values["hbm_gib_by_kind"]["moving average"] * 2**30 == held
     assert 0 < values["hbm_gib_per_chip"] < 1 < values["hbm_limit_gib"]
-    assert values["model_flops_per_step"] == flops.of_step(c)
-    # Recomputation adds; the gradient of the pixels, which three times the forward pass holds, is not asked for.
+    assert values["model_flops_per_step"] == flops.train_step_flops(c)
+    # Recomputation adds operations; the pixel gradient, part of three forward passes, is not computed.
     patches = c.batch_size * flops.forward(c.model, batch_size=c.batch_size).image_encoder
     assert (
         -patches < values["executed_flops_per_step"] - values["model_flops_per_step"] < values["model_flops_per_step"]
     )
     moved = values["collective_bytes_per_chip"]
-    assert moved["all-gather"] > 0 and moved["all-reduce"] > 0  # parameters over fsdp, gradients over the replicas
+    assert moved["all-gather"] > 0 and moved["all-reduce"] > 0  # parameters over fsdp, gradients over replicas
     assert values["hbm_bytes_per_chip"] > held
     assert values["loops_of_unknown_length"] == 0 and values["uncounted"] == []
     assert 0 < values["mfu"] < 1 and values["step_seconds"] > 0 and values["chip_hours"] > 0
     assert values["compile_seconds"] > 1
 
 
-def test_an_impossible_plan_says_by_how_many_gib(run_python: RunPython, tmp_path: pathlib.Path) -> None:
+def test_a_plan_that_does_not_fit_reports_the_missing_gib(run_python: RunPython, tmp_path: pathlib.Path) -> None:
     status, values, printed = plan(run_python, tmp_path, "--config.batch_size=33554432")
     assert status == 3 and not values["fits"], printed
     assert values["hbm_gib_per_chip"] > values["hbm_limit_gib"]

@@ -8,12 +8,12 @@ import pytest
 
 from coca_jax.plan import hlo
 
-# The fixture of tests/conftest.py.
+# The type of the fixture in tests/conftest.py.
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
-# As a TPU's compiler writes it, shortened: a loop of 5 rounds whose length stands in its condition alone; in it a
-# reduce-scatter that is written as an all-reduce in a fusion, and an all-gather that is started in one fusion and ended
-# in another. S(1) is the chip's scratch memory.
+# Shortened output of a TPU compiler: a loop of 5 iterations, a count given only in its condition. It contains a
+# reduce-scatter expressed as an all-reduce in a fusion, and an all-gather that starts in one fusion and ends in
+# another. S(1) is the chip's scratch memory.
 TPU = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
 
@@ -87,28 +87,28 @@ ENTRY %main (x.2: f32[5,1024]) -> f32[5,1024] {
 """  # noqa: E501
 
 
-def test_a_tpu_program_is_read() -> None:
+def test_traffic_of_a_tpu_program_is_counted() -> None:
     traffic = hlo.traffic(TPU, 8)
-    whole, array = 256 * 512 * 2, 5 * 1024 * 4
+    full, array = 256 * 512 * 2, 5 * 1024 * 4
     assert traffic.collectives == {
-        "reduce-scatter": 5 * whole * 3 / 4,
-        "all-gather": 5 * whole * 3 / 4,  # the one that stands there twice
+        "reduce-scatter": 5 * full * 3 / 4,
+        "all-gather": 5 * full * 3 / 4,  # the one that appears twice
         "all-reduce": 2 * array * 7 / 8,
-        "collective-permute": array / 2,  # half of the chips keep what they have
+        "collective-permute": array / 2,  # half of the chips keep their data
         "all-to-all": 0.0,
     }
-    assert traffic.exposed == 5 * whole * 3 / 4 + 2 * array * 7 / 8
+    assert traffic.exposed == 5 * full * 3 / 4 + 2 * array * 7 / 8
     assert traffic.unknown_loops == 0
-    # Of the stack one layer a round, the counter (4 + 4, the sum lies elsewhere), then both ends of the last two.
+    # One layer of the stack per iteration, the counter (4 + 4; the sum is elsewhere), then both ends of the last two.
     assert traffic.hbm == 5 * (1024 * 4 + 4 + 4) + 2 * array + 2 * array == sum(traffic.hbm_of.values())
-    assert traffic.hbm_apart == 5 * (1024 * 4 + 4 + 4)  # not the collectives' own
+    assert traffic.hbm_apart == 5 * (1024 * 4 + 4 + 4)  # without the collectives' traffic
     scattered = "%scattered.1 = bf16[64,512]{1,0:T(8,128)(2,1)"
     assert TPU.count(scattered + "S(1)}") == 1
-    there = hlo.traffic(TPU.replace(scattered + "S(1)}", scattered + "}"), 8)
-    assert there.hbm > traffic.hbm and there.hbm_apart == traffic.hbm_apart
+    in_hbm = hlo.traffic(TPU.replace(scattered + "S(1)}", scattered + "}"), 8)
+    assert in_hbm.hbm > traffic.hbm and in_hbm.hbm_apart == traffic.hbm_apart
 
 
-# A kernel's metadata go over several lines, of which one begins like the end of a computation. Shortened.
+# A kernel's metadata spans several lines, one of which starts like the end of a computation. Shortened.
 PRODUCTS = """\
 HloModule jit_step, is_scheduled=true
 
@@ -137,7 +137,7 @@ ENTRY %main (a.1: bf16[64,128], b.1: bf16[128,32]) -> bf16[64,32] {
 """  # noqa: E501
 
 
-def test_products_are_told_from_the_rest_and_a_kernels_text_does_not_end_the_program() -> None:
+def test_products_are_counted_separately_and_kernel_metadata_does_not_end_the_program() -> None:
     traffic = hlo.traffic(PRODUCTS, 1)
     assert traffic.product_cycles == 123
     a, b, result = 64 * 128 * 2, 128 * 32 * 2, 64 * 32 * 2
@@ -145,7 +145,7 @@ def test_products_are_told_from_the_rest_and_a_kernels_text_does_not_end_the_pro
     assert traffic.hbm_apart == 3 * result
 
 
-def test_a_librarys_workspace_is_not_moved() -> None:
+def test_the_workspace_of_a_library_call_is_not_traffic() -> None:
     call = "(bf16[64,32]{1,0}, s8[33554432]{0}) custom-call(%a.1, %b.1)"
     text = f"""HloModule step
 
@@ -158,19 +158,19 @@ ENTRY %main (a.1: bf16[64,128], b.1: bf16[128,32]) -> (bf16[64,32], s8[33554432]
     assert hlo.traffic(text, 1).hbm_of == {"__cublas$lt$matmul": 2 * (64 * 128 + 128 * 32 + 64 * 32)}
 
 
-def test_a_loop_of_unknown_length_is_said() -> None:
+def test_loops_of_unknown_length_are_counted() -> None:
     traffic = hlo.traffic(TPU.replace("direction=LT", "direction=NE"), 8)
     assert traffic.unknown_loops == 1
     assert traffic.collectives["all-gather"] == 256 * 512 * 2 * 3 / 4
 
 
-def test_other_text_is_refused() -> None:
+def test_text_without_an_entry_is_rejected() -> None:
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.traffic("HloModule nothing\n", 1)
 
 
 def compile_on_cpus() -> None:
-    """Runs with 8 devices: a scan whose layers' kernels are gathered, a sum over some devices, an exchange."""
+    """Runs with 8 devices: a scan that gathers each layer's kernel, a sum over some devices, a permutation."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec as P
@@ -193,7 +193,7 @@ def compile_on_cpus() -> None:
     print(json.dumps(hlo.traffic(text, 8).collectives))
 
 
-def test_what_this_machines_compiler_writes_is_read(run_python: RunPython) -> None:
+def test_collectives_of_a_cpu_program_are_counted(run_python: RunPython) -> None:
     found = json.loads(run_python(compile_on_cpus).stdout)
     assert found["all-gather"] == 6 * (64 * 64 * 4) * 3 / 4
     assert found["all-reduce"] == 2 * (4 * 64 * 4) * 3 / 4

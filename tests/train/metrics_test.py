@@ -48,7 +48,7 @@ def test_the_share_of_the_peak_is_given_for_known_chips(
     clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chip = chips.tpu("v5e")
-    monkeypatch.setattr(metrics.chips, "of_device_kind", lambda kind: chip)
+    monkeypatch.setattr(metrics.chips, "from_device_kind", lambda kind: chip)
     assert progress(clock).rates["mfu"] == pytest.approx(8.0 / jax.device_count() / 197)
     assert f"MFU {8.0 / jax.device_count() / 197:.1%}" in capsys.readouterr().err
 
