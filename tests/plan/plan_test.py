@@ -296,7 +296,7 @@ def test_the_search_is_no_worse_than_the_recipes_microbatches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("measured", "status", "said"),
+    ("measured", "status", "output"),
     [
         ([MEASURED], 0, "FITS"),
         ([Measured(needed=20.0 * GIB, error="Used 20.00G of 15.75G hbm.")], 3, "DOES NOT FIT"),
