@@ -174,15 +174,12 @@ class Apply:
         return np.asarray(self.captions(params, images)[0].tokens[:, 0])
 
     def log_probs(self, params: Parameters, images: np.ndarray | jax.Array, tokens: np.ndarray) -> np.ndarray:
-        """log P(text | image) in nats of every text for every image; each text and image is encoded once.
+        """log P(text | image) in nats of every text for every image, float32 `[b, c]`; each is encoded once.
 
         Args:
           params: Model parameters.
           images: uint8 `[b, size, size, 3]`.
           tokens: int32 `[c, t]`, equal on every process.
-
-        Returns:
-          float32 `[b, c]`.
         """
         rows = len(images)
         chunk = -(-_TEXTS_PER_CALL // self._shards) * self._shards

@@ -75,11 +75,7 @@ def decode(
         return (at < t) & ~jnp.all(settled & (at >= lengths))
 
     def choose(at: Array, live: _Beams, finished: _Beams, logits: Array) -> tuple[Any, ...]:
-        """Extend all beams by one token.
-
-        Returns:
-          The unfinished and the finished beams, the new tokens, and the row that each beam came from.
-        """
+        """Extend all beams by one token: unfinished and finished beams, new tokens, and each beam's previous row."""
         own = jax.nn.log_softmax(logits, axis=1)
         flat = live.tokens.reshape(b * k, t)
         adjusted = choosing.adjust(own, flat, at, options, never=never, eos_id=eos_id)

@@ -19,10 +19,10 @@ from coca_jax.model.text_decoder import DecoderCache
 
 
 class Decoder:
-    """Decodes the common prefix of all prompts in one pass, then one token per step.
+    """Decodes the prompt positions that all rows have in one pass, then one token per step.
 
-    The prefix runs through the model's stacked layers; later steps use layers that are unstacked once. The decoder's
-    parameters are in memory twice meanwhile, but are read only once per token.
+    The first pass runs through the model's stacked layers; later steps use layers that are unstacked once. The
+    decoder's parameters are in memory twice meanwhile, but are read only once per token.
 
     Attributes:
       length: Capacity of the cache in tokens.

@@ -144,11 +144,7 @@ def _forward(positions: int, hidden: Array, head: Array, labels: Array) -> tuple
             logits, own = _logits(part[0], head, part[1], split.first_id(head.shape[1]))
             top = split.maximum(jnp.max(logits, axis=-1))
             total = split.sum(jnp.sum(jnp.exp(logits - top[:, :, None]), axis=-1))
-            return None, (
-                top + jnp.log(total) - split.sum(jnp.sum(jnp.where(own, logits, 0.0), axis=-1)),
-                top,
-                total,
-            )
+            return None, (top + jnp.log(total) - split.sum(jnp.sum(jnp.where(own, logits, 0.0), axis=-1)), top, total)
 
         return scan_in_slices(one, None, (hidden, labels), positions)[1]
 

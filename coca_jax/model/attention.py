@@ -42,9 +42,6 @@ def attend(
       implementation: xla, cudnn or flash. A kernel runs on each device for its shards of the batch and the heads.
       recompute: Recompute the weights in XLA's backward pass instead of storing them; the kernels always do.
 
-    Returns:
-      The attention output, `[b, s, h, k]`.
-
     Raises:
       ValueError: flash is given more keys than its kernel supports.
     """

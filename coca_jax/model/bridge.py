@@ -29,8 +29,7 @@ class Layer(nn.Module):
     """Pre-norm layer: shared self-attention, cross-attention of the queries, separate MLPs for queries and text.
 
     Attributes:
-      model: Model configuration; sizes come from `model.bridge`, the width of the image tokens from
-        `model.image.width`.
+      model: Model configuration; sizes come from `model.bridge`, the image tokens' width from `model.image.width`.
       reads: Whether the layer has cross-attention to the image.
     """
 
@@ -124,14 +123,10 @@ class Bridge(nn.Module):
     def read(
         self, image: Float[Array, "b n i"], tokens: Int[Array, "b t"], *, contrastive: bool, captioning: bool
     ) -> tuple[Float[Array, "b q d"], Float[Array, "b d"] | None, Float[Array, "b t d"] | None]:
-        """Run the contrastive and the captioning text together with the queries, in one pass.
+        """Queries, `text` features and hidden states (for `head`) of a contrastive and a captioning text, in one pass.
 
         The caption attends to the queries and to its own earlier positions; the queries attend only to themselves. All
         three results equal those of three separate passes.
-
-        Returns:
-          Query outputs; the text features of `text`, or None; hidden states whose product with `head` is the logits, or
-          None.
         """
         kinds = (CONTRASTIVE_TEXT,) * contrastive + (CAPTION_TEXT,) * captioning
         texts = [self._embed(tokens, cls=kind == CONTRASTIVE_TEXT) for kind in kinds]
@@ -141,10 +136,9 @@ class Bridge(nn.Module):
         return queries, x[:, 0] if contrastive else None, x[:, -t:] if captioning else None
 
     def match(self, image: Float[Array, "b n i"], tokens: Int[Array, "b t"]) -> Float[Array, "b 2"]:
-        """Matching logits in float32: class 1 for pairs of text and image that belong together, class 0 for others.
+        """float32 matching logits: class 1 for pairs that belong together, else class 0; no token is masked.
 
-        All tokens attend to all tokens. The linear layer is applied to the mean of the queries, which equals the mean
-        of its outputs.
+        The linear layer is applied to the mean of the queries, which equals the mean of its outputs.
         """
         allowed = padding_mask(tokens, self.model.text.pad_id, self.model.bridge.queries)
         queries, _ = self._run(image, self._embed(tokens, cls=True), allowed)
@@ -187,9 +181,6 @@ def objective_mask(tokens: Int[Array, "b t"], pad_id: int, kinds: tuple[int, ...
       pad_id: Id of the padding token.
       kinds: CONTRASTIVE_TEXT or CAPTION_TEXT for each copy of the text, in the order in which they follow the queries.
       queries: Number of queries in front of the text.
-
-    Returns:
-      Mask `[b, 1, s, s]`, True where attention is allowed.
     """
     t = tokens.shape[1]
     kind = jnp.concatenate([jnp.full(queries, QUERY), *(jnp.full(t, k) for k in kinds)])
@@ -217,8 +208,8 @@ def hard_pairs(
 ) -> tuple[Int[Array, " 3b"], Int[Array, " 3b"], Int[Array, " 3b"]]:
     """Pairs for the matching objective: true pairs, images with a wrong text, texts with a wrong image.
 
-    Wrong partners are drawn from the GLOBAL batch by the contrastive softmax, so that similar ones are likelier (Li et
-    al. 2021, arXiv 2107.07651). A text identical to the image's own is never drawn as wrong, whichever row it is from.
+    Wrong partners are drawn from the GLOBAL batch by the contrastive softmax: similar ones are likelier (Li et al.
+    2021, arXiv 2107.07651). A text identical to the image's own is never drawn as wrong, whichever row it is from.
 
     Args:
       logits: Contrastive logits, image rows by text columns.
@@ -226,8 +217,8 @@ def hard_pairs(
       key: Random key.
 
     Returns:
-      Row indices of the images, row indices of the texts, and labels: 1 for pairs that belong together. Beyond the
-      first third labels are 0, unless the batch holds no wrong partner to draw.
+      Rows of the images, rows of the texts, and labels: 1 for pairs that belong together. Labels are 0 beyond the first
+      third, unless the batch holds no wrong partner.
     """
     same = jnp.all(tokens[:, None] == tokens[None], axis=-1)
     wrong = jnp.where(same, jnp.finfo(jnp.float32).min, logits)

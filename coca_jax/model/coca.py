@@ -37,11 +37,10 @@ class Output:
       logits: `[b, t, v]` float32; position i predicts token i + 1.
       class_logits: `[b, c]` float32, from model.head.
       similarities: `[b, b]` float32, only for a bridge in stage one: each text with the nearest of an image's queries.
-      match_logits: `[3b, 2]` float32, matching logits of the pairs of `bridge.hard_pairs`.
+      match_logits: `[3b, 2]` float32, for the pairs of `bridge.hard_pairs`.
       matches: `[3b]`, 1 where such a pair belongs together.
-      logit_scale: float32 scalar, exp of the parameter; the contrastive logits are `logit_scale * image @ text (+
-        logit_bias)`.
-      logit_bias: float32 scalar, the parameter; None where model.logit_bias is 0.
+      logit_scale: float32 scalar, exp of the parameter; the contrastive logits are `logit_scale * image @ text`.
+      logit_bias: float32 scalar, added to the contrastive logits; None where model.logit_bias is 0.
     """
 
     image_features: Float[Array, "b *q e"] | None = None
@@ -120,14 +119,12 @@ class CoCa(nn.Module):
     ) -> Output:
         """Training pass: hidden states instead of logits, and only the requested parts.
 
-        Without captioning, the multimodal decoder and the generative pooler are skipped (except where the contrastive
-        feature is read from that pooler: kind=cascade and single). Without contrastive, the contrastive pooler, the
-        [CLS] token and the projections are skipped. With classes alone, the text decoder is skipped unless model.head
-        reads it.
+        Without captioning, the multimodal decoder and the generative pooler are skipped (except a pooler that the
+        contrastive feature is read from: kind=cascade and single). Without contrastive, the contrastive pooler, [CLS]
+        and the projections are skipped. With classes alone, the text decoder is skipped unless model.head reads it.
 
         Args:
-          images: Normalized images; clips are `[b, f, size, size, 3]`, and the poolers read the tokens of all f frames
-            together.
+          images: Normalized images; clips are `[b, f, size, size, 3]`, whose frames' tokens the poolers read together.
           tokens: Token ids `[b, t]`.
           contrastive, captioning, classes: Which parts to compute.
           matching: Compute the matching logits of a bridge in stage one.
@@ -237,18 +234,14 @@ class CoCa(nn.Module):
         return output
 
     def attention(self, images: Float[Array, "b y x 3"], *, contrastive: bool) -> Float[Array, "b q n"]:
-        """Attention weights of a pooler's queries over patch tokens, class token included.
+        """Attention of a pooler's queries over patch tokens and class token, `[b, q, n]` float32 with row sums of 1.
 
-        With kind=cascade the contrastive query reads the generative pooler's output. Its weights over those outputs are
-        multiplied with their weights over the patches (attention rollout, Abnar and Zuidema 2020, ignoring the values
-        in between).
+        With kind=cascade the contrastive query reads the generative pooler's output: its weights are multiplied with
+        those over the patches (attention rollout, Abnar and Zuidema 2020, ignoring the values in between).
 
         Args:
           images: Normalized images.
           contrastive: Use the query of the contrastive feature; otherwise the queries that the decoder reads.
-
-        Returns:
-          `[b, q, n]` float32; each query's weights sum to 1.
         """
         tokens, kind = self._patch_tokens(images), self.config.pooler.kind
         if contrastive and kind == "parallel":
@@ -273,15 +266,7 @@ class CoCa(nn.Module):
     def prefill(
         self, tokens: Int[Array, "b s"], image_tokens: Float[Array, "b q d"], length: int
     ) -> tuple[Float[Array, "b s v"], DecoderCache]:
-        """Start decoding from a prompt.
-
-        Args:
-          tokens: Prompt, at least bos.
-          image_tokens: Image tokens from `encode_image`.
-          length: Capacity of the cache in tokens.
-
-        Returns:
-          Logits of the prompt and the filled cache.
+        """Start decoding: logits of a prompt (at least bos), and a cache with room for `length` tokens in total.
 
         Raises:
           ValueError: The cache is longer than the model's positions or shorter than the prompt.

@@ -135,8 +135,8 @@ def train_step_flops(c: config.Config) -> float:
     """Model FLOPs of one training step over the global batch.
 
     A trained part costs three forward passes: forward, gradients of its parameters, gradients of its inputs. A frozen
-    part has no parameter gradients, and no input gradients if nothing before it is trained. One kernel of each part
-    tells whether it is frozen.
+    part has no parameter gradients, and no input gradients if nothing before it is trained; one of its kernels tells
+    whether it is.
     """
     wanted = {
         "contrastive": c.loss.lambda_con > 0,

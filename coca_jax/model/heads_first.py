@@ -39,9 +39,6 @@ def attend(
       query, keys, values: float32 arrays. Lower-precision products would need a separate rule for the backward pass.
       allowed: True where query s may attend to key m; None allows all.
       is_causal: Each query attends to its own and earlier positions; requires s = m.
-
-    Returns:
-      The attention output, `[b, s, h, k]` float32.
     """
     if is_causal:
         causal = jnp.tril(jnp.ones((1, 1, query.shape[1], keys.shape[1]), bool))

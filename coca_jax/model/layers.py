@@ -34,8 +34,7 @@ class Cache:
 
     Attributes:
       keys, values: `[b, h, m, k]`, of the tokens decoded so far; unwritten slots hold zeros.
-      cross_keys, cross_values: `[b, h, q, k]`, of the image tokens, computed once per image; None in the unimodal
-        decoder.
+      cross_keys, cross_values: `[b, h, q, k]`, of the image tokens, computed once per image; None if unimodal.
     """
 
     keys: Float[Array, "*l b h m k"]

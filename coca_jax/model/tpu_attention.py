@@ -2,8 +2,7 @@
 
 An image has hundreds of tokens and a caption fewer, so all scores of a query fit in the chip's scratch memory. The
 softmax therefore needs no running sums. As in FlashAttention (Dao et al. 2022, arXiv 2205.14135) the weights never
-reach main memory and the backward pass recomputes them; here it is one kernel that needs only the forward pass's
-inputs.
+reach main memory; the backward pass recomputes them, in one kernel that needs only the forward pass's inputs.
 
 TPU registers have 128 lanes, and heads are often 64 wide. `[b, s, h, k]` is read as `[b, s, h k]`, in columns of whole
 registers that hold one or several heads. For each head, the other heads' lanes of keys and values are zeroed: they add
@@ -107,7 +106,7 @@ class _Shape:
 
     @property
     def queries(self) -> int:
-        """Queries in memory at a time; there are `parts` of them."""
+        """Queries in memory at a time, one of `parts`."""
         return -(-self.s // (self.parts * LANES)) * LANES
 
     @property
@@ -265,17 +264,11 @@ def _backward_kernel(
 
 
 class _Head(NamedTuple):
-    """One head of a kernel call.
+    """One head of a kernel call."""
 
-    Attributes:
-      columns: The columns that contain the head.
-      last: Whether it is the last head in those columns.
-      select_lanes: Zeroes the other heads' lanes.
-    """
-
-    columns: slice
-    last: bool
-    select_lanes: Callable[[Array], Array]
+    columns: slice  # columns that contain the head
+    last: bool  # it is the last head in those columns
+    select_lanes: Callable[[Array], Array]  # zeroes the other heads' lanes
 
 
 def _pipelined_heads(shape: _Shape, begin: Callable[[_Head], Any]) -> Iterator[tuple[_Head, Any]]:

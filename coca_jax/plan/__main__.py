@@ -27,15 +27,11 @@ from coca_jax.plan import search as searching
 from coca_jax.plan import topology as topologies
 from coca_jax.plan.estimate import Plan
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, e.g. configs/coca_large.py.", lock_config=True
-)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file in configs/.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Type and shape of one TPU slice, e.g. v4:8x16x16, v5e:16x16, v5p:8x8x8, v6e:16x16."
 )
-_SLICES = flags.DEFINE_integer(
-    "slices", 1, "Number of slices; mesh.dcn_replica or mesh.dcn_fsdp gives them a mesh axis."
-)
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of slices; mesh.dcn_replica or dcn_fsdp gives them an axis.")
 _JSON = flags.DEFINE_string(
     "json", None, "Write the figures to this file as JSON; with --search a list, in the order tried."
 )
@@ -53,10 +49,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}: write settings as --config.key=value")
     if not _CONFIG.value or not _TOPOLOGY.value:
-        missing = (
-            "--topology, e.g. --topology=v5e:16x16" if _CONFIG.value else "--config, e.g. --config=configs/NAME.py"
-        )
-        sys.exit(f"error: missing {missing}")
+        missing = "--topology=v5e:16x16 (or another slice)" if _CONFIG.value else "--config=configs/NAME.py"
+        sys.exit(f"error: {missing} is needed")
     if not 0 < _EFFICIENCY.value <= 1:
         sys.exit(f"error: --efficiency={_EFFICIENCY.value:g} must be above 0 and at most 1")
     try:

@@ -31,9 +31,7 @@ class Plan:
     """One configuration on one topology.
 
     Attributes:
-      c: Configuration.
-      topology: Chips it was compiled for.
-      measured: Measurements of the compiled step.
+      c, topology, measured: Configuration, the chips it was compiled for, and measurements of the program.
       efficiency: Assumed share of the chip's peak that matrix products reach.
     """
 
@@ -112,29 +110,26 @@ class Plan:
     def advice(self) -> list[str]:
         """Changes that would reduce memory, most effective first, written as flags."""
         c, m = self.c, self.measured
-        suggestions = []
+        found = []
         policies = list(config.REMAT)
         for key in ("model.image.remat", "model.text.remat"):
             at = policies.index(config.get(c, key))
-            suggestions += [f"--config.{key}={policies[-1]}"] if at < len(policies) - 1 else []
+            found += [f"--config.{key}={policies[-1]}"] if at < len(policies) - 1 else []
         shards = self.mesh[0] * self.mesh[1]
-        # Assume that all memory grows with the batch; take as many microbatches as would then fit, or as the batch
-        # allows.
+        # Assume that all memory grows with the batch; take as many as would then fit, or as the batch allows.
         wanted = c.microbatches * max(2.0, m.needed / (self.topology.chip.usable_gib * GIB))
         parts = [n for i in range(1, 20) if not c.batch_size % ((n := c.microbatches * 2**i) * shards)]
-        suggestions += (
-            [f"--config.microbatches={min((n for n in parts if n >= wanted), default=parts[-1])}"] if parts else []
-        )
+        found += [f"--config.microbatches={min((n for n in parts if n >= wanted), default=parts[-1])}"] if parts else []
         state = sum(m.memory.get(kind, 0.0) for kind in ("parameters", "optimizer", "moving average"))
         replica, fsdp, _ = self.slice_mesh
         if replica > 1 and (not m.memory or state > 0.2 * m.needed):
             n = next(n for n in range(2, replica + 1) if not replica % n)  # half of the copies, if possible
-            suggestions.append(f"--config.mesh.replica={replica // n} --config.mesh.fsdp={n * fsdp}")
+            found.append(f"--config.mesh.replica={replica // n} --config.mesh.fsdp={n * fsdp}")
         if c.optimizer.state_dtype != "bfloat16":
-            suggestions.append("--config.optimizer.state_dtype=bfloat16")
+            found.append("--config.optimizer.state_dtype=bfloat16")
         if c.optimizer.name != "adafactor" and c.optimizer.second_moment_dtype != "bfloat16":
-            suggestions.append("--config.optimizer.second_moment_dtype=bfloat16")
-        return [*suggestions, "more chips, or a smaller --config.batch_size"]
+            found.append("--config.optimizer.second_moment_dtype=bfloat16")
+        return [*found, "more chips, or a smaller --config.batch_size"]
 
     def to_json(self) -> dict[str, Any]:
         """All figures as plain values; unknown ones are None."""

@@ -115,9 +115,7 @@ def traffic(text: str, chips: int) -> Traffic:
     sent: dict[str, float] = dict.fromkeys(COLLECTIVES, 0.0)
     hbm: dict[str, float] = collections.defaultdict(float)
     exposed, apart, cycles, unknown = 0.0, 0.0, 0.0, 0
-    product_computations, collective_computations = (
-        _containing(computations, opcodes) for opcodes in (_PRODUCTS, _SENDING)
-    )
+    with_products, with_collectives = (_containing(computations, opcodes) for opcodes in (_PRODUCTS, _SENDING))
 
     def visit(name: str, times: float) -> None:
         nonlocal exposed, apart, cycles, unknown
@@ -129,13 +127,13 @@ def traffic(text: str, chips: int) -> Traffic:
             moved = _memory(computations, here, instruction)
             if moved:
                 hbm[instruction.kind] += times * moved
-            if instruction.opcode in _PRODUCTS or product_computations.intersection(instruction.calls):
+            if instruction.opcode in _PRODUCTS or with_products.intersection(instruction.calls):
                 estimate = _CYCLES.search(instruction.rest)
                 cycles += times * float(estimate.group(1)) if estimate else 0.0
             elif not (
                 instruction.opcode.endswith("-start")
                 or instruction.opcode in ("custom-call", *_SENDING)
-                or collective_computations.intersection(instruction.calls)
+                or with_collectives.intersection(instruction.calls)
             ):
                 apart += times * moved
             if instruction.opcode == "while":

@@ -13,17 +13,11 @@ from coca_jax.plan.topology import Topology
 
 
 class Choice(NamedTuple):
-    """Settings that the search varies.
+    """Settings that the search varies."""
 
-    Attributes:
-      mesh: Mesh sizes within a slice.
-      microbatches: Number of microbatches.
-      remat: Remat policy of both towers.
-    """
-
-    mesh: tuple[int, int, int]
+    mesh: tuple[int, int, int]  # sizes within a slice
     microbatches: int
-    remat: str
+    remat: str  # policy of both towers
 
 
 def configured(c: config.Config, choice: Choice) -> config.Config:

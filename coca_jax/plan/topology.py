@@ -36,8 +36,7 @@ class Topology:
 
     def options(self) -> dict[str, Any]:
         """Arguments of `jax.experimental.topologies.get_topology_desc`."""
-        # A v4 chip has two cores. Cloud TPU VMs merge them into one device; libtpu's description does so only on
-        # request.
+        # A v4 chip has two cores. Cloud TPU VMs merge them into one device; libtpu's description does so on request.
         megacore = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
         several = {"num_slices": self.slices} if self.slices > 1 else {}
         return {"platform": "tpu", "topology_name": self.name, **megacore, **several}
@@ -54,9 +53,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     chip = chips.tpu(kind)
     examples = "v4:8x16x16, v5e:16x16, v5p:8x8x8, v6e:16x16"
     if chip is None:
-        raise ConfigError(
-            f"--topology={name}: unknown chip {kind!r}, not one of {', '.join(known)}; examples: {examples}"
-        )
+        raise ConfigError(f"--topology={name}: {kind!r} is not one of {', '.join(known)}; examples: {examples}")
     if not re.fullmatch(r"\d+(x\d+)*", sizes) or sizes.count("x") + 1 != chip.dimensions:
         shape = "x".join("ABC"[: chip.dimensions])
         raise ConfigError(f"--topology={name}: write a slice of {kind} as {kind}:{shape}; examples: {examples}")

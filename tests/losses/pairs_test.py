@@ -107,7 +107,7 @@ def check_meshes() -> None:
     compare_on_meshes(TILES)
 
 
-def check_all_at_once_on_meshes() -> None:
+def check_meshes_without_tiles() -> None:
     compare_on_meshes(dict.fromkeys(TILES, 0))
 
 
@@ -126,8 +126,8 @@ def test_every_mesh_equals_one_device_with_many_tiles(run_python) -> None:
 
 
 @pytest.mark.slow
-def test_every_mesh_equals_one_device_all_at_once(run_python) -> None:
-    run_python(check_all_at_once_on_meshes)
+def test_every_mesh_equals_one_device_without_tiles(run_python) -> None:
+    run_python(check_meshes_without_tiles)
 
 
 def temporaries(kind: str, tile: int, rows: int, place: Any = None) -> int:

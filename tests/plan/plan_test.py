@@ -107,7 +107,7 @@ def test_the_planned_batch_has_the_pipelines_shapes_and_shardings(tmp_path: path
     sizes = {"image_size": c.model.image.size, "length": 16, "batch_size": c.batch_size}
     loader = pipeline.train_loader(open_source(source), Tokenizer(tokenizer), c.data, seed=0, **sizes)
     batch_sharding = sharding.batch_sharding(sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
-    batches = iter(pipeline.batch_sharding(loader, batch_sharding, c.batch_size))
+    batches = iter(pipeline.place(loader, batch_sharding, c.batch_size))
     real = {k: (v.shape, v.dtype, v.sharding) for k, v in next(batches).items() if k not in pipeline.HOST_KEYS}
     batches.close()
     planned = compiled.abstract_batch(c, batch_sharding)
