@@ -229,7 +229,7 @@ def tree_shardings(tree: Any, parameters: Any, mesh: Mesh) -> Any:
         for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)
     }
 
-    def sharding(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def leaf_sharding(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         parts = path_of(key_path).split("/")
         for start in range(len(parts)):
             if (name := "/".join(parts[start:])) in known:
@@ -237,7 +237,7 @@ def tree_shardings(tree: Any, parameters: Any, mesh: Mesh) -> Any:
                 return NamedSharding(mesh, _fit(spec(*axes), leaf.shape, sizes))
         return NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
 LARGE = 2**20  # bytes per device from which an incompletely sharded parameter is reported

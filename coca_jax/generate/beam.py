@@ -67,8 +67,7 @@ def decode(
 
     def keep_going(carry: Any) -> Array:
         at, live, finished, _, _, _ = carry
-        # Log-probabilities are negative, so an unfinished caption ranks at most at its current score over the best
-        # length.
+        # Log-probabilities are negative: an unfinished caption ranks at most at its present score for the best length.
         longest = t if options.length_penalty > 0 else at + 1
         upper_bound = rank(live.scores[:, :1], jnp.asarray(longest))[:, 0]
         settled = finished.scores[:, options.returns - 1] >= upper_bound

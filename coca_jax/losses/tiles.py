@@ -109,7 +109,7 @@ def _forward(kind: str, tile: int, x: Array, y: Array, scale: Array, bias: Array
     return (loss, *accuracies), (x, y, scale, bias, rows, columns)
 
 
-def _backward(kind: str, tile: int, residuals: Any, d_logits: Any) -> tuple[Array, Array, Array, Array]:
+def _backward(kind: str, tile: int, residuals: Any, d_outputs: Any) -> tuple[Array, Array, Array, Array]:
     x, y, scale, bias, rows, columns = residuals
     ring = _ring(len(x), tile)
 
@@ -134,11 +134,11 @@ def _backward(kind: str, tile: int, residuals: Any, d_logits: Any) -> tuple[Arra
     if ring.size > 1:
         accumulate = per_device(accumulate, (ROWS, ROWS, WHOLE, WHOLE, ROWS, WHOLE), (ROWS, ROWS, ROWS))
     dx, dy, db = accumulate(x, y, scale, bias, rows, columns)
-    scale_grad = d_logits[0] / len(x)
+    d_loss = d_outputs[0] / len(x)
     # The scale's gradient sums d_logit * similarity over all pairs; dx holds the sums over texts.
-    dscale = scale_grad * jnp.sum(dx * x.astype(jnp.float32))
-    dx, dy = ((scale_grad * scale * d).astype(features.dtype) for d, features in ((dx, x), (dy, y)))
-    return dx, dy, dscale.astype(scale.dtype), (scale_grad * jnp.sum(db)).astype(bias.dtype)
+    dscale = d_loss * jnp.sum(dx * x.astype(jnp.float32))
+    dx, dy = ((d_loss * scale * d).astype(features.dtype) for d, features in ((dx, x), (dy, y)))
+    return dx, dy, dscale.astype(scale.dtype), (d_loss * jnp.sum(db)).astype(bias.dtype)
 
 
 tiled.defvjp(_forward, _backward)

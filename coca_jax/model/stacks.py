@@ -138,8 +138,8 @@ def unstack(stacked: Any, depth: int) -> tuple[Any, ...]:
     """Split stacked parameters, or a stacked cache, into separate arrays per layer.
 
     Decoding runs all layers for every token and reads separate arrays in place. From a stack, XLA for CPUs first copies
-    each layer every time, which doubles the memory traffic twice over. The gradient of a split is one concatenation;
-    that of an index is a whole stack per layer.
+    each layer every time, an additional read and write. The gradient of a split is one concatenation; that of an index
+    is a whole stack per layer.
     """
     leaves, tree = jax.tree.flatten(stacked)
     layers = [[layer.squeeze(0) for layer in lax.split(leaf, (1,) * depth)] for leaf in leaves]
