@@ -15,6 +15,7 @@ SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "pipe"}
 _SAMPLE = 50  # rows from which the separator is told
 _LINES = 100  # of one quoted field at most
 _QUOTED = re.compile(r' *"([^"]*(?:""[^"]*)*)"(?!")')
+_CLOSING = re.compile(r'[^"]*(?:""[^"]*)*"(?!")')  # the rest of a quotation
 Problem = tuple[str, str]
 
 
@@ -101,17 +102,24 @@ def split(text: str, separator: str) -> tuple[list[str], bool]:
     fields, at, is_open = [], 0, False
     while True:
         found = _QUOTED.match(text, at)
-        end = len(text) - len(text[found.end() :].lstrip(" ")) if found else -1
+        end = _blanks(text, found.end()) if found else -1
         if found and (end == len(text) or text[end] == separator):
             fields.append(found[1].replace('""', '"'))
         else:
-            is_open = is_open or (not found and text[at:].lstrip(" ").startswith('"'))
+            is_open = is_open or (not found and text.startswith('"', _blanks(text, at)))
             end = text.find(separator, at)
             end = len(text) if end < 0 else end
             fields.append(text[at:end])
         if end >= len(text):
             return fields, is_open
         at = end + 1
+
+
+def _blanks(text: str, at: int) -> int:
+    """Where the blanks end that begin at a place."""
+    while text.startswith(" ", at):
+        at += 1
+    return at
 
 
 def rows(
@@ -191,14 +199,22 @@ def _row(names: Sequence[str], fields: Sequence[str]) -> dict[str, str | list[st
 
 def _continued(first: str, lines: _Lines, separator: str, exists: Callable[[str], bool]) -> int:
     """How many lines a row goes on for whose quotation is open in its first; 0: it is not a quotation."""
+
+    def names_image(field: str) -> bool:
+        plain = field.strip(' "')
+        return exists(plain) or is_image(plain)
+
     for count in range(1, _LINES):
         if len(ahead := lines.peek(count)) < count:
             return 0
         line = ahead[-1]
-        if line is None or any(exists(field.strip(' "')) for field in line.split(separator)[:8]):
+        if line is None or any(map(names_image, line.split(separator)[:8])):
             return 0  # another row
-        if '"' in line and not split("\n".join([first, *map(str, ahead)]), separator)[1]:
-            return count
+        if '"' in line.replace('""', ""):
+            closing = _CLOSING.match(line)
+            after = line[closing.end() :].lstrip(" ") if closing else "-"
+            whole = "\n".join([first, *map(str, ahead)])
+            return 0 if after[:1] not in ("", separator) or split(whole, separator)[1] else count
     return 0
 
 

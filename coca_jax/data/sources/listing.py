@@ -24,12 +24,13 @@ _IMAGE_ENDS = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 def count_text(count: int, one: str, examples: Collection[str] = (), many: str = "") -> str:
     """`3 images (a.jpg, b.jpg, ...)`."""
-    shown = [_shown(example) for example in list(examples)[:3]]
-    named = f" ({', '.join([*shown, '...'] if count > len(shown) else shown)})" if shown else ""
+    few = [shown(example) for example in list(examples)[:3]]
+    named = f" ({', '.join([*few, '...'] if count > len(few) else few)})" if few else ""
     return f"{count:,} {one if count == 1 else many or one + 's'}{named}"
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
+    """A file's name as it is printed: without control characters, and of a long one the end."""
     plain = "".join(char if char.isprintable() else "?" for char in name)
     return plain if len(plain) <= 80 else f"...{plain[-77:]}"
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from coca_jax.data import opening
 from coca_jax.data.records import BadExample, DataError
 from coca_jax.data.sources import delimited, files
 from coca_jax.data.sources.base import (
@@ -191,13 +192,10 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 def _json_lines(path: str) -> Iterator[tuple[int, Any]]:
     """Line number and fields of each line; (reason, what is wrong) in their place where it cannot be read."""
-    for line, data in enumerate(files.lines(path), 1):
+    for line, data in enumerate(opening.lines(delimited.utf8(files.parts(path))), 1):
         if data is None:
             yield line, ("unreadable", "the line is too long")
             continue
-        data = data.removeprefix(b"\xef\xbb\xbf") if line == 1 else data
-        if line == 1 and data.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise DataError(f"{path} is UTF-16: save it as UTF-8")
         if not data.strip():
             continue
         try:

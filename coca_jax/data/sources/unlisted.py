@@ -11,7 +11,7 @@ from coca_jax.data.records import BadExample, DataError
 from coca_jax.data.sources import tables
 from coca_jax.data.sources.base import Spec, digest
 from coca_jax.data.sources.entries import CAPTION_FILES, SIDECARS, Entry, Layout
-from coca_jax.data.sources.listing import Tree, count_text, folders_of, is_image
+from coca_jax.data.sources.listing import Tree, count_text, folders_of, is_image, shown
 
 
 def worded(captions: Iterable[str]) -> bool:
@@ -118,7 +118,7 @@ def _no_classes(spec: Spec, tree: Tree, tops: Sequence[str], outside: Sequence[s
         return f"lie in folders whose names are no words, e.g. {tops[0]!r}: {fix}"
     direct = {path.partition("/")[0] for path in tree.images if path.count("/") == 1}
     if unclear := [top for top in tops if top not in direct]:
-        below = next(path for path in tree.images if path.startswith(f"{unclear[0]}/"))
+        below = shown(next(path for path in tree.images if path.startswith(f"{unclear[0]}/")))
         return (
             f"lie in folders within folders, e.g. {below!r}: which is the class? Keep one level of folders, or {write}"
         )
@@ -132,5 +132,5 @@ def found_text(tree: Tree) -> str:
     images = list(tree.images)
     return (
         f"found {count_text(len(images), 'image', images)}, {count_text(len(folders), 'folder', folders)}, "
-        f"{count_text(len(texts), 'file of text or data', texts, 'files of text or data')}"
+        + "; ".join([count_text(len(texts), "file of text or data", texts, "files of text or data"), *tree.notes])
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import time
 
 import pyarrow
 import pyarrow.parquet
@@ -104,6 +105,17 @@ def test_an_open_quotation_costs_no_more_than_its_lines(folder: pathlib.Path) ->
     assert source[0].captions == ('"left open',)
     assert source[len(source) - 1].captions == ("two",)
     assert "rows with too few fields" in remarks(source)
+
+
+def test_marks_that_never_close_cost_little_time(folder: pathlib.Path) -> None:
+    """Each opens what may be a quotation of many lines, or a field among very many."""
+    empty = '"",' * 50_000
+    many = "".join(f'{n}.jpg,"open\n' for n in range(3_000))
+    (folder / "captions.csv").write_text(f"image,caption\n{many}a.jpg,{empty}x\n")
+    started = time.process_time()
+    source = open_source(f"folder:{folder}")
+    assert time.process_time() - started < 5
+    assert source[len(source) - 1].key == "a.jpg"
 
 
 def test_absolute_paths_inside_the_folder(folder: pathlib.Path) -> None:
