@@ -80,6 +80,8 @@ def test_a_bad_picture_in_a_file_whose_name_is_no_text(tmp_path: pathlib.Path) -
     """It is listed; the run goes on."""
     (tmp_path / "class").mkdir()
     (tmp_path / "class" / "\udcff.png").write_bytes(b"nothing")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.png").write_bytes(b"nothing")
     source = open_source(f"folder:{tmp_path}")
     example = pipeline._Read(source, seeds.tokenizer(), config.Data(), 16, 8).evaluate(0)
     listed = tally.List(Mixture([source], [1.0]), tally.epath.Path(tmp_path))
