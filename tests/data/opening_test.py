@@ -20,6 +20,8 @@ from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import folders, open_clip, torch_files
 from coca_jax.interop.vision import files as vision_files
 from coca_jax.interop.weights import ConversionError
+from coca_jax.train import checkpoint
+from coca_jax.train.checkpoint import CheckpointError
 
 
 @pytest.fixture
@@ -138,3 +140,9 @@ def test_a_file_of_more_captions_than_memory_holds_is_refused(
     (tmp_path / f"captions.{ending}").write_text(header + 4 * line)
     with pytest.raises(DataError, match="has more than 3 rows"):
         open_source(f"folder:{tmp_path}")
+
+
+def test_a_workdir_whose_configuration_is_a_pipe_is_refused(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"a named pipe \(FIFO\), which is never read"):
+        checkpoint.read_config(tmp_path)

@@ -12,6 +12,7 @@ from etils import epath
 
 from coca_jax import config
 from coca_jax.config import ConfigError
+from coca_jax.data import opening
 from coca_jax.data.mixture import read_spec
 from coca_jax.train import optimizer
 from coca_jax.train.checkpoint.paths import CONFIG_FILE, CheckpointError
@@ -101,7 +102,9 @@ def read_config(workdir: epath.PathLike) -> config.Config:
     if not path.exists():
         raise CheckpointError(f"{workdir} is not a workdir: it has no {CONFIG_FILE}")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(opening.read(path, what="a configuration"))
+    except opening.UnusableFile as error:
+        raise CheckpointError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): restore it, or start in another --workdir") from error
     try:
