@@ -56,6 +56,9 @@ class Repeated:
     def fingerprint(self) -> str:
         return self._source.fingerprint()
 
+    def contents(self) -> Mapping[str, str]:
+        return self._source.contents()
+
 
 def ours(folder: pathlib.Path, side: int, options: dict[str, Any]) -> Iterator[Any]:
     """Batches of coca_jax."""

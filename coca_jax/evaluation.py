@@ -15,8 +15,9 @@ from etils import epath
 
 from coca_jax import commandline, config, distributed, evaluator, sharding, stored
 from coca_jax.config import ConfigError
+from coca_jax.data import side_files
 from coca_jax.data.images import Preprocessor
-from coca_jax.data.sources import Source
+from coca_jax.data.sources import Source, content
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import asked, notes, pieces, report, suite, tables
 from coca_jax.interop.weights import ConversionError, Weights
@@ -111,9 +112,9 @@ def _run(given: config.Config | None, checkpoint: str, output: epath.Path, step:
         everything |= {_renamed(key, spec, name): value for key, value in metrics.items()}
     if distributed.is_first():
         said = {"notes": found} if (found := notes.of_metrics(everything)) else {}
-        (output / RESULTS_FILE).write_text(json.dumps(everything | said, indent=1) + "\n")
+        side_files.write_text(output / RESULTS_FILE, json.dumps(everything | said, indent=1) + "\n")
         table = "\n".join(tables.summary(c, everything))
-        (output / TABLE_FILE).write_text(table + "\n")
+        side_files.write_text(output / TABLE_FILE, table + "\n")
         print(table)
         print(f"results: {output / RESULTS_FILE}, {output / TABLE_FILE}")
         for name in names.values():
@@ -161,6 +162,7 @@ def _evaluate(
         "version": _VERSION,
         **model,
         "source": source.fingerprint(),
+        "contents": content.of_source(source),
         "evaluate": dataclasses.asdict(c.evaluate),
         **_reading(c, weights.tokenizer, weights.labels),
     }
@@ -190,9 +192,7 @@ def _evaluate(
             found["notes"] = said
         if results.classes:
             found["classes"] = {one.label: dataclasses.asdict(one) for one in results.classes}
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        partial.replace(path)
+        side_files.write_text(path, json.dumps(found, indent=1) + "\n")
     begun.remove()
     return results.metrics
 
@@ -209,13 +209,13 @@ def _reading(c: config.Config, tokenizer: Tokenizer, labels: Sequence[str]) -> d
 
 
 def _known(path: epath.Path, identity: dict[str, Any]) -> dict[str, float] | None:
-    if not path.exists():
-        return None
+    saved = side_files.take_json(path) if distributed.is_first() else None
     try:
-        saved = json.loads(path.read_text())
-        return saved["metrics"] if saved["identity"] == identity else None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None  # half a file: what it held is computed again
+        if saved["identity"] != identity:
+            return None
+        return {str(name): float(value) for name, value in saved["metrics"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None  # none, or damaged: what it held is computed again
 
 
 def _renamed(key: str, spec: str, name: str) -> str:

@@ -23,7 +23,7 @@ from coca_jax.data.records import DataError, named_in
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import asked, report, tables
 from coca_jax.evaluator import Evaluator
-from coca_jax.train import checkpoint, loop, stopping
+from coca_jax.train import checkpoint, contents, loop, stopping
 from coca_jax.train import optimizer as optimizers
 from coca_jax.train import state as states
 from coca_jax.train.profile import Steps, read_steps
@@ -100,22 +100,25 @@ def _run(
         )
     with named_in("data.train", c.data.train):
         source = open_mixture(c.data.train)
-    labels = _labels(c, source, workdir)
+    place = checkpoint.saved_place(workdir)
+    labels = _labels(c, source, workdir, place)
     if labels:
         head = dataclasses.replace(c.model.head, classes=len(labels))
         c = dataclasses.replace(c, model=dataclasses.replace(c.model, head=head))
     begun = start.read(c, workdir, mesh, labels, parameters=not evaluate_only)
     c = begun.config
     config.check(c, jax.device_count(), slice_count=slices, platform=jax.default_backend())
-    tokenizer = _tokenizer(c, source, begun.tokenizer)
+    tokenizer = _tokenizer(c, source, begun.tokenizer, workdir, place)
     tokenizer.check(c.model.text)
     held_out = asked.open_sources(c.evaluate)
     asked.check(c, held_out, source)
+    digests = contents.of_run(tokenizer, labels, source.sources, held_out.values())
     abstract = states.abstract_parameters(c)
     optimizers.of_run(c, abstract)  # says what is wrong with its patterns
     leaves = jax.tree_util.tree_leaves_with_path(dataclasses.asdict(c))
     distributed.check_same(
         {"config." + sharding.path_of(path).replace("/", "."): value for path, value in leaves}
+        | {f"the content of {name}": value for name, value in contents.in_short(digests).items()}
         | {f"the fingerprint of {s.name}": s.fingerprint() for s in (source, *held_out.values())}
         | {"the version of jax": jax.__version__, "evaluation alone": evaluate_only}
     )
@@ -136,13 +139,17 @@ def _run(
     if at == c.steps and reported and not evaluate_only:
         _say(f"complete: {workdir} has been trained to step {at}; the report is {page}")
         return 0
+    if not evaluate_only:
+        contents.check(place, digests, accept=c.data.accept_changes)
     if evaluate_only:
         if jax.process_count() > 1:  # JAX keeps the signal for a training that could save
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         results = evaluator.from_checkpoint()
     else:
         begun.tell(workdir)
-        state = loop.train(c, workdir, mesh, source, tokenizer, stop, evaluator, profile_steps, begun.params, labels)
+        state = loop.train(
+            *(c, workdir, mesh, source, tokenizer, stop, evaluator, profile_steps, begun.params, labels, digests)
+        )
         results = evaluator.results or evaluator.of(state)
     if distributed.is_first():
         seconds = time.monotonic() - started
@@ -182,9 +189,9 @@ def _begin(
                 workdir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(checkpoint.Lock(workdir))
                 checkpoint.keep_config(workdir, c)
-                checkpoint.write_whole(workdir / checkpoint.TOKENIZER_FILE, tokenizer.save)
+                contents.keep(workdir / checkpoint.TOKENIZER_FILE, tokenizer.to_bytes())
                 if labels:
-                    checkpoint.write_whole(workdir / classes.FILE, lambda path: classes.write(path, labels))
+                    contents.keep(workdir / classes.FILE, classes.to_bytes(labels))
             kept = path.read_text()
         except OSError as error:
             problem = f"--workdir={workdir} cannot be made or written: {error}"
@@ -228,7 +235,9 @@ def _preview(c: config.Config, source: Mixture, tokenizer: Tokenizer, labels: tu
         raise ConfigError(problem)
 
 
-def _labels(c: config.Config, source: sources.Source, workdir: epath.Path) -> tuple[str, ...]:
+def _labels(
+    c: config.Config, source: sources.Source, workdir: epath.Path, place: Mapping[str, Any]
+) -> tuple[str, ...]:
     """The classes of model.head, by number, the same in all processes; none without it.
 
     Raises:
@@ -239,13 +248,13 @@ def _labels(c: config.Config, source: sources.Source, workdir: epath.Path) -> tu
     found: Any = ((), "")
     if distributed.is_first():
         try:
-            if (workdir / classes.FILE).exists():
-                found = classes.read(workdir / classes.FILE), ""
-            elif c.data.classes:
-                found = classes.read(c.data.classes), ""
-            else:
-                found = classes.of_source(source), ""
-        except DataError as error:
+            found = (
+                contents.own_labels(
+                    *(workdir, c.data.classes, lambda: classes.of_source(source), place), accept=c.data.accept_changes
+                ),
+                "",
+            )
+        except (ConfigError, DataError) as error:
             found = (), str(error)
     labels, problem = distributed.gather(found)[0]
     if not problem and c.model.head.classes not in (0, len(labels)):
@@ -256,13 +265,21 @@ def _labels(c: config.Config, source: sources.Source, workdir: epath.Path) -> tu
     return tuple(labels)
 
 
-def _tokenizer(c: config.Config, source: sources.Source, begun_with: Tokenizer | None) -> Tokenizer:
+def _tokenizer(
+    c: config.Config,
+    source: sources.Source,
+    begun_with: Tokenizer | None,
+    workdir: epath.Path,
+    place: Mapping[str, Any],
+) -> Tokenizer:
     if begun_with is not None and not c.data.tokenizer:
-        return begun_with
+        given, name = begun_with, f"the vocabulary of config.init.checkpoint={c.init.checkpoint!r}"
+        return contents.own_tokenizer(workdir, given, name, place, accept=c.data.accept_changes)
     path = c.data.tokenizer or source.tokenizer_path
     if not path:
         raise ConfigError(
             f"config.data.tokenizer is empty and {c.data.train!r} brings none: set it to a vocabulary's file; "
             "python -m coca_jax.data.prepare convert with --vocab_size=N trains one (docs/data.md)"
         )
-    return Tokenizer(path)
+    name = f"config.data.tokenizer={path!r}" if c.data.tokenizer else f"{path}, which config.data.train brings,"
+    return contents.own_tokenizer(workdir, Tokenizer(path), name, place, accept=c.data.accept_changes)

@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
 from coca_jax import config, distributed, stored
 from coca_jax.config import ConfigError
+from coca_jax.data import side_files
 from coca_jax.data.records import DataError
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import matching, vision
@@ -45,7 +47,11 @@ class Start:
         """Prints the report in brief and writes all of it into the workdir, from the first process."""
         if self.report and distributed.is_first():
             print(self.report.brief())
-            (workdir / REPORT_FILE).write_text(json.dumps(self.report.to_json(), indent=1) + "\n")
+            text = json.dumps(self.report.to_json(), indent=1) + "\n"
+            try:
+                side_files.write_text(workdir / REPORT_FILE, text)
+            except OSError as error:  # it is printed, and the run needs it no more
+                logging.warning("%s cannot be written: %s", workdir / REPORT_FILE, error)
 
 
 def read(

@@ -17,7 +17,7 @@ from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import exported, functions, open_clip
 from coca_jax.interop.weights import ConversionError, Weights
 from coca_jax.model import lora
-from coca_jax.train import checkpoint
+from coca_jax.train import checkpoint, contents
 from coca_jax.train import state as states
 
 
@@ -101,5 +101,6 @@ def _read_workdir(workdir: epath.Path, step: int | None, mesh: Mesh | None) -> W
         places = mesh and jax.tree.map(lambda leaf: leaf.sharding, states.placed_parameters(plain, mesh))
         params, c = jax.jit(functools.partial(lora.merged, c.lora), out_shardings=places)(params), plain
     tokenizer = Tokenizer(workdir / checkpoint.TOKENIZER_FILE)
+    contents.check_own(checkpoint.saved_place(workdir, step), tokenizer, labels, workdir)
     tokenizer.check(c.model.text)
     return Weights(c, params, tokenizer, step, labels)

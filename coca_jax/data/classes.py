@@ -155,8 +155,9 @@ def read(path: epath.PathLike) -> tuple[str, ...]:
     return labels
 
 
-def write(path: epath.PathLike, labels: tuple[str, ...]) -> None:
-    epath.Path(path).write_text("\n".join(labels) + "\n")
+def to_bytes(labels: tuple[str, ...]) -> bytes:
+    """The file that `read` reads."""
+    return ("\n".join(labels) + "\n").encode()
 
 
 def of_source(source: Source, *, progress: bool = True) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from coca_jax.data.records import DataError, Record
-from coca_jax.data.sources import Source, open_source
+from coca_jax.data.sources import Source, content, open_source
 
 # Positions come in blocks in which every source has its share exactly. Inside a block they follow multiples of the odd
 # number nearest to BLOCK / golden ratio, modulo BLOCK: any run of positions, and every n-th of them, holds every source
@@ -64,6 +64,10 @@ class Mixture:
         if len(self.sources) == 1:
             return self.sources[0].fingerprint()
         return hashlib.sha256("\n".join(s.fingerprint() for s in self.sources).encode()).hexdigest()[:16]
+
+    def contents(self) -> dict[str, str]:
+        """See Source; each name is preceded by the specification of its source."""
+        return {f"{s.name}: {name}": value for s in self.sources for name, value in content.of_source(s).items()}
 
     def epochs(self, counts: Sequence[int]) -> dict[str, float]:
         """`data/epochs/NUMBER`, passes over each source after so many of its examples; of one `data/epochs`."""

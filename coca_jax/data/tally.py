@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from coca_jax.data import side_files
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.records import REASONS, BadExample, DataError
 
@@ -74,14 +74,12 @@ class List:
         self.path = workdir / (BAD_EXAMPLES_FILE if not process else f"bad_examples-{process:05d}.jsonl")
         self._source = source
         self._seen: set[tuple[str, int]] = set()
-        known = self.path.read_text() if self.path.exists() else ""
-        self._cut = bool(known) and not known.endswith("\n")
-        for line in known.split("\n"):  # str.splitlines also ends lines at U+2028 and others, which a key may hold
-            try:
-                values = json.loads(line)
-                self._seen.add((values["source"], values["record"]))
-            except (ValueError, KeyError, TypeError):  # cut off by a kill
-                continue
+        self._cut = False
+        try:
+            for line in side_files.take_lines(self.path, _names_record):
+                self._seen.add((line["source"], line["record"]))
+        except Exception as error:  # OSError, and what libraries for buckets raise
+            self._warn(error, "those before")
 
     def add(self, index: np.ndarray, reason: np.ndarray) -> None:
         """One batch: the records asked for, int64 `[b]`, and `[b]`, 0 or 1 + the number of the reason they fail for."""
@@ -98,14 +96,20 @@ class List:
             except BadExample:
                 key = None
             line = {"source": source.name, "record": record, "key": key, "reason": list(REASONS)[code - 1]}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            lines.append(side_files.as_line(line))
         if lines:
             try:
+                side_files.make_room(self.path)
                 with self.path.open("a") as file:
                     file.write("\n" * self._cut + "".join(lines))
                 self._cut = False
-            except OSError as error:  # they are counted all the same
+            except Exception as error:  # they are counted all the same
                 self._cut = True
-                logging.warning(
-                    "%s cannot be written (%s): %d bad examples are not listed", self.path, error, len(lines)
-                )
+                self._warn(error, f"{len(lines)} bad examples")
+
+    def _warn(self, error: Exception, what: str) -> None:
+        logging.warning("%s cannot be written (%s): %s are not listed", self.path, error, what)
+
+
+def _names_record(line: Mapping[str, Any]) -> bool:
+    return isinstance(line.get("source"), str) and isinstance(line.get("record"), int)

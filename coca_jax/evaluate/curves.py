@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,8 @@ from typing import Any
 import markupsafe
 import numpy as np
 from etils import epath
+
+from coca_jax.data import side_files
 
 # Drawn in colours that occur nowhere else, which become CSS variables of the page: light and dark from one drawing.
 _INK, _GRID = "#010203", "#040506"
@@ -45,17 +46,13 @@ def read(path: epath.PathLike) -> History:
 
     A run that was resumed may have logged a step twice: the later line counts.
     """
-    file = epath.Path(path)
     points: dict[str, dict[int, float]] = {}
-    unreadable = 0
-    lines = file.read_bytes().decode("utf-8", "replace").splitlines() if file.exists() else []
-    for line in filter(str.strip, lines):
-        try:
-            entry = json.loads(line)
-            step = int(entry["step"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            unreadable += 1
-            continue
+    try:
+        lines = side_files.read_lines(epath.Path(path), _has_step)
+    except side_files.Unreadable:
+        lines = side_files.Lines([], 1, False, True)
+    for entry in lines.objects:
+        step = int(entry["step"])
         for name, value in entry.items():
             if value is None:
                 value = math.nan  # how writers that keep to the JSON standard say it
@@ -65,7 +62,12 @@ def read(path: epath.PathLike) -> History:
     for name, found in points.items():
         steps = sorted(found)
         series[name] = (np.array(steps), np.array([found[step] for step in steps]))
-    return History(series, unreadable)
+    return History(series, lines.bad + lines.half)
+
+
+def _has_step(entry: Mapping[str, Any]) -> bool:
+    step = entry.get("step")
+    return isinstance(step, int | float) and math.isfinite(step)
 
 
 def chart(number: int, label: str, unit: str, series: Mapping[str, Series]) -> str:

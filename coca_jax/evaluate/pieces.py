@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from coca_jax.data import side_files
 from coca_jax.evaluate.results import Processes
 
 _IDENTITY = "identity.json"
@@ -38,10 +39,11 @@ class Pieces:
             return
         wanted = json.dumps(identity, sort_keys=True)
         path = folder / _IDENTITY
-        if not (path.exists() and path.read_text() == wanted):
+        side_files.make_room(folder, folder=True)
+        if side_files.take_json(path) != json.loads(wanted):
             self.remove()
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(wanted)
+            side_files.write_text(path, wanted)
 
     def each(self, name: str, compute: Callable[[int], Iterable[dict[str, np.ndarray]]]) -> Iterable[Arrays]:
         """All pieces of a name, those that are there from the folder and the others computed and kept.
@@ -59,16 +61,15 @@ class Pieces:
                 content = io.BytesIO()
                 named: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
                 np.savez(content, **named)
-                partial = path.with_name(path.name + ".partial")
-                partial.write_bytes(content.getvalue())
-                partial.replace(path)
+                side_files.write_whole(path, functools.partial(_write, content=content.getvalue()))
             yield arrays
 
     def remove(self) -> None:
         """Forgets them all: the computation is done."""
         if self._folder is not None and not self._processes.index and self._folder.exists():
             for path in self._folder.iterdir():
-                if path.name == _IDENTITY or re.fullmatch(r"[\w-]+\.npz(\.partial)?", path.name):
+                ours = path.name == _IDENTITY or re.fullmatch(r"[\w-]+\.npz(\.partial)?", path.name)
+                if ours and not path.is_dir():
                     path.unlink()
             if not any(self._folder.iterdir()):
                 self._folder.rmdir()
@@ -80,8 +81,13 @@ class Pieces:
             return found
         while (path := self._folder / f"{name}-{len(found):06}.npz").exists():
             try:
-                with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+                content = side_files.read(path)
+                with np.load(io.BytesIO(content or b""), allow_pickle=False) as arrays:
                     found.append(dict(arrays))
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            except Exception:  # of many kinds: zipfile's, zlib's, NumPy's
                 break  # damaged: it and what follows is computed again
         return found[: min(self._processes.gather(len(found)))]
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    path.write_bytes(content)

@@ -6,15 +6,16 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from coca_jax.data import images
+from coca_jax.data import images, side_files
 from coca_jax.data.records import BadExample, Record
-from coca_jax.data.sources import Source
+from coca_jax.data.sources import Source, content
 from coca_jax.evaluate import retrieval
 from coca_jax.evaluate.splits import TextKeys
 
@@ -109,19 +110,21 @@ def _texts(record: Record, keys: TextKeys | None) -> tuple[str, ...]:
 
 
 def _key(source: Source, reference: Source, *settings: object) -> str:
-    what = [_VERSION, source.fingerprint(), reference.fingerprint(), *settings]
+    what = [_VERSION, *((s.fingerprint(), content.of_source(s)) for s in (source, reference)), *settings]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def _read(path: epath.Path | None) -> dict[str, retrieval.Measures]:
     """What the file holds; a file that cannot be read as JSON is worth no more than none, and is written anew."""
-    if path is None or not path.exists():
+    known = None if path is None else side_files.take_json(path)
+    if not isinstance(known, dict):
         return {}
-    try:
-        known = json.loads(path.read_text())
-    except ValueError:
-        return {}
-    return known if isinstance(known, dict) else {}
+    return {key: found for key, found in known.items() if _are_measures(found)}
+
+
+def _are_measures(found: Any) -> bool:
+    parts = list(found.values()) if isinstance(found, dict) else [None]
+    return all(isinstance(part, dict) and all(isinstance(x, int | float) for x in part.values()) for part in parts)
 
 
 def _write(path: epath.Path | None, known: dict[str, retrieval.Measures]) -> None:
@@ -129,8 +132,6 @@ def _write(path: epath.Path | None, known: dict[str, retrieval.Measures]) -> Non
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(known, indent=1))
-        partial.replace(path)
+        side_files.write_text(path, json.dumps(known, indent=1))
     except OSError as error:  # it is only a cache
         logging.warning("%s cannot be written: %s", path, error)

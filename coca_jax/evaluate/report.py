@@ -20,7 +20,7 @@ from etils import epath
 from PIL import Image
 
 from coca_jax import config as config_lib
-from coca_jax.data import images
+from coca_jax.data import images, side_files
 from coca_jax.evaluate import curves, suite, tables, template
 from coca_jax.evaluate import notes as figure_notes
 from coca_jax.evaluate.figures import ABSENT, duration, million, percent, plain
@@ -93,9 +93,7 @@ def write(
     )
     path = workdir / REPORT_FILE
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")  # a page that is there is whole
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    side_files.write_text(path, page)  # a page that is there is whole
     return path
 
 

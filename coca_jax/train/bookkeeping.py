@@ -77,7 +77,7 @@ class Bookkeeping:
           workdir: for metrics and lists.
           mixture: training data.
           checkpoints: of the workdir.
-          identity: of the data's order, see `pipeline.position_key`.
+          identity: saved with every checkpoint: the data's order, see `pipeline.position_key`, and digests of them.
           state: that the run begins with.
           place: where in the data it does, as a checkpoint has it.
         """

@@ -17,7 +17,7 @@ from coca_jax.data.classes import Task
 from coca_jax.data.mixture import Mixture, Schedule
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.sharding import batch_sharding
-from coca_jax.train import init
+from coca_jax.train import contents, init
 from coca_jax.train import optimizer as optimizers
 from coca_jax.train import state as states
 from coca_jax.train.bookkeeping import Bookkeeping, Dispatched, Due, Evaluator
@@ -40,6 +40,7 @@ def train(
     profile_steps: Steps | None = None,
     begin_with: states.Parameters | None = None,
     labels: tuple[str, ...] = (),
+    digests: contents.Contents | None = None,
 ) -> TrainState:
     """Trains to `c.steps`, going on from the newest checkpoint of the workdir if there is one.
 
@@ -59,6 +60,7 @@ def train(
       profile_steps: traced into `workdir/profile`.
       begin_with: parameters, some of the model's, that a run without a checkpoint begins with.
       labels: the classes that model.head tells apart, by number.
+      digests: of what the run reads, kept in its checkpoints.
 
     Returns:
       The state after the last step.
@@ -71,6 +73,7 @@ def train(
     """
     tokenizer.check(c.model.text)
     identity = pipeline.position_key(mixture, seed=c.seed)
+    same = {"seed": c.seed} if c.data.accept_changes else identity
     optimizer = optimizers.of_run(c, states.abstract_parameters(c))
 
     with (
@@ -79,11 +82,12 @@ def train(
         contextlib.ExitStack() as opened,
     ):
         abstract = states.abstract(c, optimizer, mesh)
-        restored = checkpoints.restore(abstract, identity)
+        restored = checkpoints.restore(abstract, same)
         state, place = restored or (states.real(c, optimizer, mesh), {"position": 0})
         if begin_with and not restored:
             state = init.with_parameters(state, begin_with)
-        books = Bookkeeping(c, workdir, mixture, checkpoints, identity, state, place)
+        kept = identity | ({contents.KEY: digests} if digests else {})
+        books = Bookkeeping(c, workdir, mixture, checkpoints, kept, state, place)
         opened.callback(books.close)
         del state  # the books' is the one that is stepped
         first, task = books.first, Task.of(c, labels)

@@ -22,6 +22,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter, directory_check
 
 from coca_jax import chips
+from coca_jax.data import side_files
 
 METRICS_FILE = "metrics.jsonl"
 _HELD_LINES = 100_000  # while they cannot be written; then the oldest go
@@ -77,7 +78,9 @@ class Writer:
             return
         size = self._path.stat().length if self._path.exists() else 0
         try:
-            self._file = self._file or self._path.open("a")
+            if not self._file:
+                side_files.make_room(self._path)
+                self._file = self._path.open("a")
             self._file.write("".join(self._lines))
             self._file.flush()
         except Exception:
@@ -134,6 +137,7 @@ class _Board:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         try:
             if self._events is None:
+                side_files.make_room(epath.Path(self._folder), folder=True)
                 directory_check(self._folder)
                 self._files += 1
                 name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{self._files}"
@@ -166,28 +170,23 @@ class _Board:
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut by a kill is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    """The lines of a metrics.jsonl; those that cannot be read are left out. Raises Unreadable."""
+    return side_files.read_lines(path, _has_step).objects
 
 
 def keep_until(path: epath.Path, step: int, evaluated: bool = True) -> None:
     """Drops the lines of later steps from a file of JSON lines with a step each; makes it where it is not there.
 
-    With `evaluated` False also the evaluation's of that step, which have no loss of training.
+    With `evaluated` False also the evaluation's of that step, which have no loss of training. A file with lines that
+    cannot be read is set aside first. Raises OSError.
     """
-    kept = [line for line in read_lines(path) if line["step"] <= step]
+    kept = [line for line in side_files.take_lines(path, _has_step) if line["step"] <= step]
     kept = [line for line in kept if evaluated or line["step"] < step or "loss" in line]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-    partial.replace(path)
+    side_files.write_lines(path, kept)
+
+
+def _has_step(line: Mapping[str, Any]) -> bool:
+    return isinstance(line.get("step"), int)
 
 
 class Progress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from absl import logging
 from etils import epath
 
 from coca_jax import config
+from coca_jax.data import side_files
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.records import BadExample
 from coca_jax.train.checkpoint import Checkpoints
@@ -37,8 +37,11 @@ class List:
         self._process, self._workdir, self._source = jax.process_index(), workdir, source
         name = SKIPPED_FILE if not self._process else f"skipped_steps-{self._process:05d}.jsonl"
         self.path = workdir / name
-        if self.path.exists():
-            keep_until(self.path, start_step)
+        if side_files.is_there(self.path):
+            try:
+                keep_until(self.path, start_step)
+            except Exception as error:  # OSError, and what libraries for buckets raise
+                logging.warning("%s cannot be written (%s): the run goes on", self.path, error)
 
     def add(self, step: int, metrics: Mapping[str, float], index: np.ndarray) -> str:
         """Lists a step; returns what to say of it, in a line.
@@ -55,10 +58,15 @@ class List:
             records.setdefault(self._source.sources[number].name, []).append(record)
         numbers = {"loss": metrics["loss"], "gradient_norm": norm, "bound": bound}
         line = {"step": step, "reason": why} | {k: v if math.isfinite(v) else None for k, v in numbers.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line | {"records": records}, ensure_ascii=False) + "\n")
+        where = f"its records are in {self.path}"
+        try:
+            side_files.make_room(self.path)
+            with self.path.open("a") as file:
+                file.write(side_files.as_line(line | {"records": records}))
+        except Exception as error:
+            where = f"{self.path} cannot be written ({error})"
         said = f"the update of step {step} is left out: {why}, {metrics['guard/in_a_row']:.0f} in a row, "
-        return said + f"{metrics['guard/skipped']:.0f} in all; its records are in {self.path}"
+        return said + f"{metrics['guard/skipped']:.0f} in all; {where}"
 
     def keep(
         self, step: int, index: np.ndarray, state: TrainState, place: dict[str, Any], identity: dict[str, Any]
@@ -72,26 +80,31 @@ class List:
           place, identity: as Checkpoints.save takes them.
         """
         folder = self._workdir / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"batch-{step}-{self._process:05d}.jsonl"
-        with path.open("w") as file:
-            for at in index.tolist():
-                number, record = self._source.locate(at)
-                source = self._source.sources[number]
-                try:
-                    key = source[record].key
-                except BadExample:
-                    key = None
-                line = {"source": source.name, "record": record, "key": key}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = []
+        for at in index.tolist():
+            number, record = self._source.locate(at)
+            source = self._source.sources[number]
+            try:
+                key = source[record].key
+            except BadExample:
+                key = None
+            lines.append({"source": source.name, "record": record, "key": key})
+        records = f"{path} has the records of its batch"
+        try:
+            side_files.make_room(folder, folder=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            side_files.write_lines(path, lines)
+        except Exception as error:  # of whatever kind a disk or a bucket has: why the run stops matters more
+            records = f"{path} could not be written ({error})"
         try:
             with Checkpoints(folder, config.Checkpoint(keep=1)) as checkpoints:
                 checkpoints.save(state, place, identity)
                 checkpoints.wait()
-        except Exception as error:  # of whatever kind a disk or a bucket has: why the run stops matters more
+        except Exception as error:
             logging.error("%s: the state could not be written: %s", folder, error)
-            return f"{path} has the records of its batch; the state could not be written ({error})"
-        return f"{path} has the records of its batch, {folder / 'checkpoints'} the state"
+            return f"{records}; the state could not be written ({error})"
+        return f"{records}, {folder / 'checkpoints'} the state"
 
 
 def reason(metrics: Mapping[str, float]) -> str:

@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from coca_jax import config
+from coca_jax.data import side_files
 
 FOLDER = "stalled"
 _OFTEN = 0.05  # seconds between two looks at the clock, at least
@@ -79,8 +80,9 @@ class Watchdog:
                 file.seek(0)
                 stacks = file.read()
             path = self._folder / f"step-{step}-{jax.process_index():05d}.txt"
+            side_files.make_room(self._folder, folder=True)
             self._folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{said}\n\n{stacks}")
+            side_files.write_text(path, f"{said}\n\n{stacks}")
             self._say(f"{said}; where each thread was: {path}")
         except Exception as error:  # the disk may be what is stuck or full: the run matters more
             logging.error("%s; the stacks could not be written: %s", said, error)

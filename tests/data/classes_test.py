@@ -18,7 +18,7 @@ ODD = ["a\u2028b", "a\x85b", "a\x0bb", "a\x1cb", "été", "two words"]
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    classes.write(tmp_path / "classes.txt", tuple(ODD))
+    (tmp_path / "classes.txt").write_bytes(classes.to_bytes(tuple(ODD)))
     assert classes.read(tmp_path / "classes.txt") == tuple(ODD)
 
 
@@ -29,7 +29,7 @@ def test_labels_of_a_source_are_those_that_its_file_tells(tmp_path):
     source = open_source(f"webdataset:{tars.write(tmp_path / 'a.tar', members)}?label=label")
     labels = classes.of_source(source, progress=False)
     assert labels == tuple(sorted([*ODD, "blank before", "blank behind"]))
-    classes.write(tmp_path / "classes.txt", labels)
+    (tmp_path / "classes.txt").write_bytes(classes.to_bytes(labels))
     task = classes.Task(classes.read(tmp_path / "classes.txt"))
     assert {labels[task.number(source[i])] for i in range(len(source))} == set(labels)
 

@@ -392,6 +392,9 @@ def test_sources_that_are_missing_or_unlabelled_are_refused(world):
         def fingerprint(self):
             return "unlabelled"
 
+        def contents(self):
+            return {}
+
     sources = world.sources | {spec: Unlabelled()}
     with pytest.raises(ValueError, match="has no labels: name a labelled source"):
         suite.run(whole(world), sources, world.tokenizer, world.config, world.batches, progress=False)
@@ -419,6 +422,9 @@ def test_sources_without_a_usable_picture_are_refused_by_name(world):
 
         def fingerprint(self):
             return "torn"
+
+        def contents(self):
+            return {}
 
     sources = world.sources | {spec: Torn()}
     said = re.escape(f"{spec!r}: none of its 18 records can be used; `python -m coca_jax.data.prepare describe` says")

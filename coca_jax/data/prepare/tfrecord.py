@@ -29,7 +29,7 @@ from coca_jax import cache
 from coca_jax.data import opening
 from coca_jax.data.prepare import example
 from coca_jax.data.records import BadExample, DataError, Record
-from coca_jax.data.sources import base, files
+from coca_jax.data.sources import base, content, files
 from coca_jax.data.sources.base import MAX_BYTES, Spec, one_line
 
 OPTIONS = ("image", "caption", "label", "key", "style")
@@ -97,6 +97,10 @@ class TFRecords:
         """16 hexadecimal digits of names, sizes, versions and options."""
         parts = [(file.name, file.size, file.version) for file in self._files]
         return base.digest([*parts, self._image, self._captions, sorted(self._optional.items())])
+
+    def contents(self) -> dict[str, str]:
+        """See Source."""
+        return {content.LIST: self.fingerprint()} | content.of_files(self._files)
 
     def __getitem__(self, index: SupportsIndex) -> Record:
         i = index.__index__()

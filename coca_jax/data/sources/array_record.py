@@ -15,7 +15,7 @@ from grain.sources import ArrayRecordDataSource
 
 from coca_jax.data import records
 from coca_jax.data.records import BadExample, DataError, Record
-from coca_jax.data.sources import files
+from coca_jax.data.sources import content, files
 from coca_jax.data.sources.base import Spec, one_line
 
 _COUNTING = "readahead_buffer_size:0"  # the footer alone is read
@@ -116,6 +116,10 @@ class ArrayRecords:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of names, sizes and counts, not of the bytes: terabytes must open in a second."""
         return self._fingerprint
+
+    def contents(self) -> dict[str, str]:
+        """See Source."""
+        return {content.LIST: self._fingerprint} | content.of_files(self._files)
 
 
 def _count(path: str) -> int:

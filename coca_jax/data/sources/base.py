@@ -71,7 +71,11 @@ class Source(Protocol):
     def __getitem__(self, index: SupportsIndex) -> Record: ...
 
     def fingerprint(self) -> str:
-        """Changes when the data do: a run must not resume on other records."""
+        """Changes when names, sizes or counts of the data do: a run must not resume on other records."""
+        ...
+
+    def contents(self) -> Mapping[str, str]:
+        """Digests of a bounded part of what is read, by what each is of: see content.py."""
         ...
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import SupportsIndex
 
 from coca_jax.data.records import BadExample, Record
-from coca_jax.data.sources import files, tables
+from coca_jax.data.sources import content, files, tables
 from coca_jax.data.sources.base import Spec
 from coca_jax.data.sources.folder_layouts import find_layout
 
@@ -72,6 +72,15 @@ class Folder:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of names, captions and labels; without a file of captions, of names and sizes."""
         return self._fingerprint
+
+    def contents(self) -> dict[str, str]:
+        """See Source."""
+        tables = dict.fromkeys(entry.table.rpartition("/")[2] for entry in self._entries if entry.table)
+        names = dict.fromkeys(entry.path for entry in self._entries if entry.path)
+        found = {" and ".join(tables) or content.LIST: self._fingerprint} | content.of_named(self._root, list(names))
+        if beside := [entry.texts for entry in self._entries if entry.texts]:
+            found |= content.of_named(self._root, beside)
+        return found
 
 
 def open_folder(spec: Spec) -> Folder:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from coca_jax.data.records import BadExample, DataError, Record
-from coca_jax.data.sources import files
+from coca_jax.data.sources import content, files
 from coca_jax.data.sources.base import Spec, digest, one_line, texts
 
 _LIMIT = 1 << 30  # bytes of the JSON; COCO's has 144 MB
@@ -81,6 +81,11 @@ class Karpathy:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of names and captions."""
         return self._fingerprint
+
+    def contents(self) -> dict[str, str]:
+        """See Source."""
+        described = {self._file.rpartition("/")[2]: self._fingerprint}
+        return described | content.of_named(self._root, [path for path, _ in self._entries])
 
 
 def _images(spec: Spec) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from coca_jax.data import label_names
 from coca_jax.data.records import BadExample, DataError, Record
-from coca_jax.data.sources import columns, files, patience
+from coca_jax.data.sources import columns, content, files, patience
 from coca_jax.data.sources.base import MAX_BYTES, Spec, digest, one_line, texts
 from coca_jax.data.sources.files import File
 
@@ -155,6 +155,10 @@ class Parquet:
         parts = [chosen.captions, chosen.label] if more else []
         parts += [chosen.names] if chosen.names else []
         return digest(["parquet", self._columns, self._root, *described, self._groups.tolist(), *parts])
+
+    def contents(self) -> dict[str, str]:
+        """See Source."""
+        return {content.LIST: self.fingerprint()} | content.of_files(self._files)
 
     def _is_read(self, leaf: str) -> bool:
         return any(leaf == column or leaf.startswith(column + ".") for column in self._columns)

@@ -115,6 +115,15 @@ class Prompted:
             return self.source.fingerprint()
         return digest([self.source.fingerprint(), self._templates, sorted((self._classes or {}).items())])
 
+    def contents(self) -> dict[str, str]:
+        """See Source."""
+        found = dict(self.source.contents())
+        if self._templates:
+            found["?templates="] = digest(self._templates)
+        if self._classes is not None:
+            found["?classes="] = digest(sorted(self._classes.items()))
+        return found
+
 
 def read_templates(spec: Spec) -> tuple[str, ...]:
     """The templates of `?template=` and of the lines of the file `?templates=`. Raises DataError for one without {}."""

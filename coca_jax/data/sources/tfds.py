@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from etils import epath
 
 from coca_jax.data import label_names, opening
 from coca_jax.data.records import BadExample, DataError, Record
-from coca_jax.data.sources import prompts
+from coca_jax.data.sources import content, files, prompts
 from coca_jax.data.sources.base import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, Spec, choose, digest, one_line
 
 _CLASS = re.compile(r"tensorflow_datasets\.core\.features\.\w+(\.\w+)?\Z")
@@ -48,6 +49,7 @@ class Tfds:
         shards = [(i.filename.rpartition("/")[2], i.skip, i.take, i.examples_in_shard) for i in split.file_instructions]
         self._records = len(source)
         features = (self._image, self._caption, self._label)
+        self._paths = list(dict.fromkeys(os.fspath(i.filename) for i in split.file_instructions))
         self._fingerprint = digest(["tfds", info.full_name, split.num_bytes, features, numbered, *shards])
 
     def __len__(self) -> int:
@@ -96,6 +98,15 @@ class Tfds:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of name, version, split, names and counts of its files, and the features read."""
         return self._fingerprint
+
+    def contents(self) -> dict[str, str]:
+        """See Source."""
+        try:
+            found = [files.look(path) for path in self._paths]
+        except OSError as error:
+            raise DataError(f"{self.name}: {one_line(error)}; prepare it again") from error
+        listed = digest([self._fingerprint, self._labels])
+        return {content.LIST: listed} | content.of_files(found)
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds  # costs a second, and is needed here alone

@@ -17,7 +17,7 @@ import tqdm
 from absl import logging
 
 from coca_jax.data.records import BadExample, DataError, Record
-from coca_jax.data.sources import files, tar_index, tar_samples, tar_walk
+from coca_jax.data.sources import content, files, tar_index, tar_samples, tar_walk
 from coca_jax.data.sources.base import CAPTION_NAMES, MAX_BYTES, Spec, digest, one_line, texts
 from coca_jax.data.sources.files import File
 from coca_jax.data.sources.tar_index import Shard
@@ -118,6 +118,10 @@ class WebDataset:
         """16 hexadecimal digits of the shards' names, sizes and counts, and of what is read of them."""
         shards = (f"{shard.file.name} {shard.file.size} {shard.count}" for shard in self._shards)
         return digest(["webdataset", self._captions, self._label, *shards])
+
+    def contents(self) -> dict[str, str]:
+        """See Source."""
+        return {content.LIST: self.fingerprint()} | content.of_files([shard.file for shard in self._shards])
 
     def _check(self, where: str, state: Sequence[int], wanted: Sequence[int]) -> None:
         for which in wanted:

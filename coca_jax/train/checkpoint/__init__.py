@@ -6,14 +6,14 @@ digest.py    digests of arrays that do not depend on the mesh
 manifest.py  what is in a step, and whether it still is
 verify.py    reads a step back
 tree.py      the tree that is saved
-workdir.py   config.json, and how a file of a workdir is written
+workdir.py   config.json, and what was saved beside the arrays
 lock.py      one run in a workdir
 """
 
 from coca_jax.train.checkpoint.lock import Lock, Locked
 from coca_jax.train.checkpoint.paths import CONFIG_FILE, TOKENIZER_FILE, CheckpointError, absolute, reachable
 from coca_jax.train.checkpoint.store import Checkpoints
-from coca_jax.train.checkpoint.workdir import check_config, keep_config, read_config, write_whole
+from coca_jax.train.checkpoint.workdir import check_config, keep_config, read_config, saved_place
 
 __all__ = [
     "CONFIG_FILE",
@@ -27,5 +27,5 @@ __all__ = [
     "keep_config",
     "reachable",
     "read_config",
-    "write_whole",
+    "saved_place",
 ]

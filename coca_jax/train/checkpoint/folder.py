@@ -11,6 +11,7 @@ from absl import logging
 from etils import epath
 
 from coca_jax import config
+from coca_jax.data import side_files
 from coca_jax.train.checkpoint import manifest
 from coca_jax.train.checkpoint.paths import is_bucket, one_line
 
@@ -127,9 +128,7 @@ class Folder:
         """Keeps with a step what an evaluation of it gave that was made after the step was saved."""
         path = self.path / str(step) / EVALUATION
         try:
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(json.dumps(metrics))
-            partial.replace(path)
+            side_files.write_text(path, json.dumps(metrics))
         except Exception as error:  # of buckets, of many kinds; then the next start makes it again
             logging.warning("%s cannot be written: %s", path, one_line(error))
         self._metrics[step] = metrics
@@ -176,8 +175,10 @@ def _unfinished_step(path: epath.Path) -> int | None:
 def read_metrics(folder: epath.Path) -> dict[str, float] | None:
     """Of the evaluation of a step, whether it was saved with it or made later."""
     for path in (folder / "metrics" / "metrics", folder / EVALUATION):
-        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-            return dict(json.loads(path.read_text()))
+        with contextlib.suppress(side_files.Unreadable):
+            found = side_files.read_json(path)
+            if isinstance(found, dict) and all(isinstance(value, int | float) for value in found.values()):
+                return found
     return None
 
 

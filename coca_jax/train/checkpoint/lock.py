@@ -19,6 +19,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from coca_jax.data import side_files
 from coca_jax.train.checkpoint.paths import is_bucket, one_line
 
 FILE = "run.lock"
@@ -153,6 +154,7 @@ class Lock:
         partial = self._path.with_name(f"{FILE}.{self._me.token}")
         try:
             partial.write_text(text)
+            side_files.make_room(self._path)
             partial.replace(self._path)
         except OSError:
             partial.unlink(missing_ok=True)
@@ -184,11 +186,13 @@ def _read(path: epath.Path) -> tuple[Owner, int] | None:
     """Whose lock it is and how often its heart has beaten; None where there is none. One half-written is read again."""
     for attempt in range(3):
         try:
-            values = json.loads(path.read_text())
+            values = side_files.read_json(path)
+            if values is None:
+                return None
             return Owner(**{f.name: values[f.name] for f in dataclasses.fields(Owner)}), int(values["beat"])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
+        except side_files.Refused as error:  # it may be a living run's
+            raise OSError(str(error)) from error
+        except (ValueError, KeyError, TypeError):  # Unreadable is a ValueError
             time.sleep(0.2 * (attempt + 1))
     return None  # not ours to understand: cut by a crash
 

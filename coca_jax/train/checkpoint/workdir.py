@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
 from typing import Any
 
 from absl import logging
@@ -12,10 +11,12 @@ from etils import epath
 
 from coca_jax import config
 from coca_jax.config import ConfigError
-from coca_jax.data import opening
+from coca_jax.data import side_files
 from coca_jax.data.mixture import read_spec
+from coca_jax.distributed import gather, is_first
 from coca_jax.train import optimizer
-from coca_jax.train.checkpoint.paths import CONFIG_FILE, CheckpointError
+from coca_jax.train.checkpoint.folder import Folder, read_place
+from coca_jax.train.checkpoint.paths import CONFIG_FILE, FOLDER, CheckpointError, absolute
 
 # What may differ between the run that began in a workdir and the one that goes on: it changes how, not what.
 _MAY_CHANGE = (
@@ -24,6 +25,7 @@ _MAY_CHANGE = (
     "evaluate",
     "checkpoint",
     "guard",
+    "data.accept_changes",
     "data.max_bad",
     "data.prefetch",
     "data.threads",
@@ -49,9 +51,9 @@ def keep_config(workdir: epath.Path, c: config.Config) -> None:
     Raises as `check_config`.
     """
     path = workdir / CONFIG_FILE
-    if path.exists():
+    if side_files.is_there(path):
         check_config(workdir, c)
-    write_whole(path, lambda partial: partial.write_text(config.to_json(c)))
+    side_files.write_text(path, config.to_json(c))
 
 
 def check_config(workdir: epath.Path, c: config.Config) -> None:
@@ -77,21 +79,6 @@ def check_config(workdir: epath.Path, c: config.Config) -> None:
         logging.info("config.%s was %r and is %r", key, old, new)
 
 
-def write_whole(path: epath.Path, write: Callable[[epath.Path], object]) -> None:
-    """Writes a file beside its place and renames it: where that fails, what was there is still there.
-
-    Every start writes what the workdir has already, and without it the run's checkpoints are of no use.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-
-
 def read_config(workdir: epath.PathLike) -> config.Config:
     """The configuration of a workdir.
 
@@ -99,18 +86,34 @@ def read_config(workdir: epath.PathLike) -> config.Config:
       CheckpointError: the folder is not a workdir, or its config.json is damaged or of another version.
     """
     path = epath.Path(workdir) / CONFIG_FILE
-    if not path.exists():
-        raise CheckpointError(f"{workdir} is not a workdir: it has no {CONFIG_FILE}")
     try:
-        values = json.loads(opening.read(path, what="a configuration"))
-    except opening.UnusableFile as error:
-        raise CheckpointError(str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): restore it, or start in another --workdir") from error
+        values = side_files.read_json(path)
+    except side_files.Unreadable as error:
+        raise CheckpointError(f"{error}: restore it, or start in another --workdir") from error
+    if values is None:
+        raise CheckpointError(f"{workdir} is not a workdir: it has no {CONFIG_FILE}")
     try:
         return config.from_config_dict(values)
     except ConfigError as error:
         raise CheckpointError(f"{path} is of another version, or was changed since: {error}") from error
+
+
+def saved_place(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
+    """What a checkpoint was saved with beside its arrays, the same in all processes; empty where there is none.
+
+    Args:
+      workdir: of the run.
+      step: None: the newest one that can be read.
+    """
+    place: dict[str, Any] = {}
+    if is_first():
+        folder = Folder(absolute(workdir) / FOLDER, None, "")
+        with contextlib.suppress(OSError):  # restoring says it
+            for one in reversed(folder.all()):
+                with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+                    if step in (None, one) and (place := read_place(folder.path / str(one))):
+                        break
+    return dict(gather(place)[0])
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
