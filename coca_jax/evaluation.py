@@ -209,7 +209,7 @@ def _reading(c: config.Config, tokenizer: Tokenizer, labels: Sequence[str]) -> d
 
 
 def _known(path: epath.Path, identity: dict[str, Any]) -> dict[str, float] | None:
-    saved = side_files.take_json(path) if distributed.is_first() else None
+    saved: Any = side_files.take_json(path) if distributed.is_first() else None
     try:
         if saved["identity"] != identity:
             return None

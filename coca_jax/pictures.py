@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from coca_jax.data import addresses
+from coca_jax.data import addresses, side_files
 from coca_jax.data.alone import alone
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.records import DataError
@@ -88,10 +88,16 @@ class Rows(Protocol):
 
 
 class Lines:
-    """JSON lines. A line that a killed process left half-written is taken away."""
+    """JSON lines. A line that a killed process left half-written is taken away.
 
-    def __init__(self, path: pathlib.Path, key: str = "path"):
-        self._path, self._key = path, key
+    Args:
+      path: of the file.
+      key: see `Rows`.
+      side: beside the results: what cannot be read of it is set aside, and not an error.
+    """
+
+    def __init__(self, path: pathlib.Path, key: str = "path", *, side: bool = False):
+        self._path, self._key, self._side = path, key, side
 
     def done(self) -> set[str]:
         return {row[self._key] for row in self._rows(self._key)}
@@ -101,27 +107,26 @@ class Lines:
         return [row[self._key] for row in rows], _matrix(self._path, [row["feature"] for row in rows])
 
     def _rows(self, *wanted: str) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        content = self._path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) != len(content):
-            with self._path.open("r+b") as file:
-                file.truncate(len(whole))
-        try:
-            return [{name: row[name] for name in wanted} for row in map(json.loads, whole.splitlines())]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{self._path} is not what was written here ({error}): name another --output") from error
+        def take(row: dict[str, Any]) -> dict[str, Any] | None:
+            return {name: row[name] for name in wanted} if all(name in row for name in wanted) else None
+
+        path = epath.Path(self._path)
+        if self._side:
+            return side_files.take_lines(path, take)
+        lines = side_files.read_lines(path, take)
+        if lines.bad:
+            raise DataError(
+                f"{path}: {lines.bad} lines are not what was written here, the first is line {lines.first_bad}: remove "
+                "them to have them computed again, or name another --output"
+            )
+        if not lines.ended:
+            os.truncate(path, lines.size)
+        return lines.objects
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            # A half of a surrogate pair, as of a name that is not UTF-8, can only be written escaped.
-            file.write("".join(json.dumps(row, ensure_ascii=not _writable(row)) + "\n" for row in rows))
-
-
-def _writable(row: dict[str, Any]) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in json.dumps(row, ensure_ascii=False))
+            file.write("".join(map(side_files.as_line, rows)))
 
 
 class Parts:
@@ -160,6 +165,8 @@ class Parts:
 
     def _tables(self, *columns: str) -> Iterator[Any]:
         for file in sorted(self._folder.glob("part-*.parquet")):
+            if not file.is_file():
+                raise DataError(f"{file} is not a file: remove it, or name another --output")
             try:
                 table = self._arrow.parquet.read_table(file, columns=list(columns)).select(list(columns))
             except (OSError, KeyError, self._arrow.ArrowException) as error:
@@ -218,12 +225,12 @@ def keep_settings(output: str, settings: dict[str, Any]) -> None:
     Raises:
       DataError: naming the first setting that differs.
     """
-    path = pathlib.Path(output + ".settings.json")
+    path = epath.Path(output + ".settings.json")
     settings = json.loads(json.dumps(settings))
-    if path.exists() and pathlib.Path(output).exists():
+    if side_files.is_there(path) and pathlib.Path(output).exists():
         try:
-            before = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            before = dict(side_files.read_json(path) or {})
+        except (ValueError, TypeError) as error:  # Unreadable is a ValueError
             raise DataError(
                 f"{path} is damaged ({error}): remove it if {output} was begun with these settings, or name another "
                 "--output"
@@ -241,9 +248,7 @@ def keep_settings(output: str, settings: dict[str, Any]) -> None:
                     "another --output"
                 )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(settings, indent=2) + "\n")
-    partial.replace(path)
+    side_files.write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -332,7 +337,7 @@ def run(
     Returns:
       A line that says what was done.
     """
-    rows, bad = open_rows(output), Lines(pathlib.Path(output + ".bad.jsonl"))
+    rows, bad = open_rows(output), Lines(pathlib.Path(output + ".bad.jsonl"), side=True)
     done, unreadable = rows.done(), bad.done()
     numbers = [at for at, path in enumerate(paths) if path not in done and path not in unreadable]
     there = sum(path in done for path in paths)

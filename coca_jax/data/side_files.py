@@ -66,47 +66,59 @@ class Lines:
     """What a file of JSON objects holds, one a line.
 
     Attributes:
-      objects: those that can be read and are valid.
+      objects: what was taken of those that can be read.
       bad: whole lines that are no such object.
+      first_bad: number of the first of them, from 1; 0: there is none.
       half: the last line is cut off, as by a kill.
+      size: bytes of the lines that have their end.
       ended: the last line has its end.
     """
 
-    objects: list[dict[str, Any]]
-    bad: int
-    half: bool
-    ended: bool
+    objects: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    bad: int = 0
+    first_bad: int = 0
+    half: bool = False
+    size: int = 0
+    ended: bool = True
 
 
-def read_lines(path: epath.Path, valid: Callable[[dict[str, Any]], bool] = lambda line: True) -> Lines:
+Take = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+
+def _all(line: dict[str, Any]) -> dict[str, Any]:
+    return line
+
+
+def read_lines(path: epath.Path, take: Take = _all) -> Lines:
     """Reads a file of JSON objects, one a line; without the file there are none.
 
     Args:
       path: of the file.
-      valid: whether an object is one of those that are written there.
+      take: what is kept of an object; None: it is none of those that are written there.
 
     Raises:
       Unreadable: it cannot be read at all.
     """
     found: list[dict[str, Any]] = []
-    bad, half, ended = 0, False, True
+    number = bad = first_bad = size = 0
+    half, ended = False, True
     with _opened(path) as file:
         while file is not None and (line := file.readline(_LINE)):
-            ended = line.endswith(b"\n")
-            if not ended and len(line) == _LINE:  # the rest of it, and none of it in memory
+            number, length, ended, value = number + 1, len(line), line.endswith(b"\n"), None
+            if not ended and length == _LINE:  # the rest of it, and none of it in memory
                 while not ended and (rest := file.readline(_LINE)):
-                    ended = rest.endswith(b"\n")
-                bad += 1
-                continue
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError):
-                value = None
-            if isinstance(value, dict) and valid(value):
-                found.append(value)
+                    length, ended = length + len(rest), rest.endswith(b"\n")
+            else:
+                with contextlib.suppress(ValueError, RecursionError):
+                    value = json.loads(line.decode("utf-8"))
+            size += length if ended else 0
+            taken = take(value) if isinstance(value, dict) else None
+            if taken is not None:
+                found.append(taken)
             elif line.strip():
                 bad, half = bad + ended, half or not ended
-    return Lines(found, bad, half, ended)
+                first_bad = first_bad or number * ended
+    return Lines(found, bad, first_bad, half, size, ended)
 
 
 def take_json(path: epath.Path) -> Any:
@@ -118,7 +130,7 @@ def take_json(path: epath.Path) -> Any:
         return None
 
 
-def take_lines(path: epath.Path, valid: Callable[[dict[str, Any]], bool] = lambda line: True) -> list[dict[str, Any]]:
+def take_lines(path: epath.Path, take: Take = _all) -> list[dict[str, Any]]:
     """The lines of `read_lines`, by who goes on writing there.
 
     Afterwards the file holds these alone, or is not there. Where there were others it was set aside first.
@@ -127,7 +139,7 @@ def take_lines(path: epath.Path, valid: Callable[[dict[str, Any]], bool] = lambd
       OSError: it cannot be set aside or written.
     """
     try:
-        lines = read_lines(path, valid)
+        lines = read_lines(path, take)
     except Unreadable as error:
         set_aside(path, str(error))
         return []

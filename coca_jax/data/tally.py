@@ -76,7 +76,7 @@ class List:
         self._seen: set[tuple[str, int]] = set()
         self._cut = False
         try:
-            for line in side_files.take_lines(self.path, _names_record):
+            for line in side_files.take_lines(self.path, _of_record):
                 self._seen.add((line["source"], line["record"]))
         except Exception as error:  # OSError, and what libraries for buckets raise
             self._warn(error, "those before")
@@ -111,5 +111,5 @@ class List:
         logging.warning("%s cannot be written (%s): %s are not listed", self.path, error, what)
 
 
-def _names_record(line: Mapping[str, Any]) -> bool:
-    return isinstance(line.get("source"), str) and isinstance(line.get("record"), int)
+def _of_record(line: dict[str, Any]) -> dict[str, Any] | None:
+    return line if isinstance(line.get("source"), str) and isinstance(line.get("record"), int) else None

@@ -48,9 +48,9 @@ def read(path: epath.PathLike) -> History:
     """
     points: dict[str, dict[int, float]] = {}
     try:
-        lines = side_files.read_lines(epath.Path(path), _has_step)
+        lines = side_files.read_lines(epath.Path(path), _with_step)
     except side_files.Unreadable:
-        lines = side_files.Lines([], 1, False, True)
+        lines = side_files.Lines(bad=1)
     for entry in lines.objects:
         step = int(entry["step"])
         for name, value in entry.items():
@@ -65,9 +65,9 @@ def read(path: epath.PathLike) -> History:
     return History(series, lines.bad + lines.half)
 
 
-def _has_step(entry: Mapping[str, Any]) -> bool:
+def _with_step(entry: dict[str, Any]) -> dict[str, Any] | None:
     step = entry.get("step")
-    return isinstance(step, int | float) and math.isfinite(step)
+    return entry if isinstance(step, int) or (isinstance(step, float) and math.isfinite(step)) else None
 
 
 def chart(number: int, label: str, unit: str, series: Mapping[str, Series]) -> str:

@@ -171,7 +171,7 @@ class _Board:
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; those that cannot be read are left out. Raises Unreadable."""
-    return side_files.read_lines(path, _has_step).objects
+    return side_files.read_lines(path, _with_step).objects
 
 
 def keep_until(path: epath.Path, step: int, evaluated: bool = True) -> None:
@@ -180,13 +180,13 @@ def keep_until(path: epath.Path, step: int, evaluated: bool = True) -> None:
     With `evaluated` False also the evaluation's of that step, which have no loss of training. A file with lines that
     cannot be read is set aside first. Raises OSError.
     """
-    kept = [line for line in side_files.take_lines(path, _has_step) if line["step"] <= step]
+    kept = [line for line in side_files.take_lines(path, _with_step) if line["step"] <= step]
     kept = [line for line in kept if evaluated or line["step"] < step or "loss" in line]
     side_files.write_lines(path, kept)
 
 
-def _has_step(line: Mapping[str, Any]) -> bool:
-    return isinstance(line.get("step"), int)
+def _with_step(line: dict[str, Any]) -> dict[str, Any] | None:
+    return line if isinstance(line.get("step"), int) else None
 
 
 class Progress:
