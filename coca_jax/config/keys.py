@@ -230,8 +230,8 @@ class Data:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # subtracted from pixel values in 0..1, per channel
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # pixel values are divided by it, per channel
     subword_sampling: float = 0.0  # above 0: sample how captions are tokenized; smaller values vary more
-    # Resume on data that have changed since the last checkpoint (changes are logged; the workdir's tokenizer and classes
-    # stay); False: refuse to (docs/data.md)
+    # Resume on data that have changed since the last checkpoint; changes are logged, and the workdir's tokenizer and
+    # classes stay (docs/data.md)
     accept_changes: bool = False
     max_bad: float = 0.01  # largest share of unusable examples; others replace them, and above it the run stops
     workers: int = 0  # reader processes; 0: threads only, which is faster up to about 50 cores

@@ -11,13 +11,13 @@ import dataclasses
 import errno
 import json
 import os
-import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import logging
 from etils import epath
 
+from coca_jax.data import opening
 from coca_jax.data.records import DataError
 from coca_jax.data.sources.files import is_remote
 
@@ -143,10 +143,9 @@ def take_lines(path: epath.Path, take: Take = _all) -> list[dict[str, Any]]:
     except Unreadable as error:
         set_aside(path, str(error))
         return []
-    if lines.bad:
-        set_aside(path, f"{path} has {lines.bad} lines that cannot be read; the others are kept")
     if lines.bad or not lines.ended:
-        write_lines(path, lines.objects)
+        why = f"{path} has {lines.bad} lines that cannot be read; the others are kept" if lines.bad else ""
+        write_lines(path, lines.objects, aside=why)
     return lines.objects
 
 
@@ -181,12 +180,13 @@ def _loops(path: epath.Path) -> bool:
     return False
 
 
-def write_whole(path: epath.Path, write: Callable[[epath.Path], object]) -> None:
+def write_whole(path: epath.Path, write: Callable[[epath.Path], object], *, aside: str = "") -> None:
     """Writes a file beside its place and renames it: where that fails, what was there is still there.
 
     Args:
       path: of the file; what is there and is no file is set aside.
       write: called with the path beside it.
+      aside: why a file that is there is set aside and not replaced; empty: it is replaced.
 
     Raises:
       OSError: it cannot be written.
@@ -196,6 +196,8 @@ def write_whole(path: epath.Path, write: Callable[[epath.Path], object]) -> None
     try:
         write(partial)
         make_room(path)
+        if aside and is_there(path):
+            set_aside(path, aside)
         partial.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -203,14 +205,14 @@ def write_whole(path: epath.Path, write: Callable[[epath.Path], object]) -> None
         raise
 
 
-def write_text(path: epath.Path, text: str) -> None:
+def write_text(path: epath.Path, text: str, *, aside: str = "") -> None:
     """`write_whole` of a text, UTF-8. Raises OSError."""
-    write_whole(path, lambda partial: partial.write_bytes(text.encode("utf-8")))
+    write_whole(path, lambda partial: partial.write_bytes(text.encode("utf-8")), aside=aside)
 
 
-def write_lines(path: epath.Path, lines: list[dict[str, Any]]) -> None:
+def write_lines(path: epath.Path, lines: list[dict[str, Any]], *, aside: str = "") -> None:
     """`write_whole` of JSON objects, one a line. Raises OSError."""
-    write_text(path, "".join(map(as_line, lines)))
+    write_text(path, "".join(map(as_line, lines)), aside=aside)
 
 
 def as_line(value: dict[str, Any]) -> str:
@@ -228,16 +230,12 @@ def _opened(path: epath.Path) -> Iterator[Any]:
     """The file, open for bytes; None where there is none. Raises Unreadable; OSError where the storage fails."""
     try:
         try:
-            if is_remote(os.fspath(path)):
-                file: Any = path.open("rb")
-            else:
-                # Nothing else is opened: a pipe would keep this process waiting.
-                if not stat.S_ISREG(os.stat(path).st_mode):
-                    raise Unreadable(f"{path} is not a file")
-                file = open(path, "rb")  # noqa: SIM115 (closed below)
+            file: Any = path.open("rb") if is_remote(os.fspath(path)) else opening.open_file(os.fspath(path))
         except (FileNotFoundError, NotADirectoryError):
             yield None
             return
+        except (opening.UnusableFile, IsADirectoryError) as error:
+            raise Unreadable(f"{path} is not a file") from error
         with file:
             yield file
     except OSError as error:

@@ -215,11 +215,9 @@ def keep(path: epath.Path, content: bytes) -> None:
         before = side_files.read(path)
     except side_files.Unreadable:
         before = None
-    if before == content:
-        return
-    if side_files.is_there(path):
-        side_files.set_aside(path, f"{path} is not what this run began with")
-    side_files.write_whole(path, lambda partial: partial.write_bytes(content))
+    if before != content:
+        aside = f"{path} is not what this run began with"
+        side_files.write_whole(path, lambda partial: partial.write_bytes(content), aside=aside)
 
 
 def _saved(place: Mapping[str, Any], name: str) -> str:
