@@ -24,6 +24,7 @@ from coca_jax.data.sources.files import is_remote
 ASIDE = ".unreadable-"
 _LARGEST = 256 << 20  # bytes of a file that is read at once
 _LINE = 16 << 20  # bytes of a line
+_PART = 1 << 20  # bytes that are read at once
 
 
 class Unreadable(DataError):
@@ -100,25 +101,30 @@ def read_lines(path: epath.Path, take: Take = _all) -> Lines:
       Unreadable: it cannot be read at all.
     """
     found: list[dict[str, Any]] = []
-    number = bad = first_bad = size = 0
-    half, ended = False, True
+    bad = first_bad = size = total = 0
+    half = False
+
+    def parts(file: Any) -> Iterator[bytes]:
+        nonlocal size, total
+        while part := file.read(_PART):
+            if end := part.rfind(b"\n") + 1:
+                size = total + end
+            total += len(part)
+            yield part
+
     with _opened(path) as file:
-        while file is not None and (line := file.readline(_LINE)):
-            number, length, ended, value = number + 1, len(line), line.endswith(b"\n"), None
-            if not ended and length == _LINE:  # the rest of it, and none of it in memory
-                while not ended and (rest := file.readline(_LINE)):
-                    length, ended = length + len(rest), rest.endswith(b"\n")
-            else:
-                with contextlib.suppress(ValueError, RecursionError):
-                    value = json.loads(line.decode("utf-8"))
-            size += length if ended else 0
+        for number, line in enumerate(opening.lines(parts(file), _LINE) if file else (), 1):
+            value = None
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads((line or b"").decode("utf-8"))
             taken = take(value) if isinstance(value, dict) else None
             if taken is not None:
                 found.append(taken)
-            elif line.strip():
-                bad, half = bad + ended, half or not ended
-                first_bad = first_bad or number * ended
-    return Lines(found, bad, first_bad, half, size, ended)
+            elif line is not None and not line.endswith(b"\n"):
+                half = bool(line.strip())
+            elif line is None or line.strip():
+                bad, first_bad = bad + 1, first_bad or number
+    return Lines(found, bad, first_bad, half, size, size == total)
 
 
 def take_json(path: epath.Path) -> Any:

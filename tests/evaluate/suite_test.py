@@ -347,7 +347,7 @@ def test_processes_share_the_work(world):
             """The training source, with a note of who reads it."""
 
             name = world.reference.name
-            fingerprint = world.reference.fingerprint
+            fingerprint, contents = world.reference.fingerprint, world.reference.contents
 
             def __len__(self):
                 return len(world.reference)
