@@ -58,7 +58,7 @@ CONTENTS: dict[str, bytes] = {
 }
 DAMAGE: dict[str, Callable[[pathlib.Path], object]] = PLACES | {
     # Between lines that can be read.
-    name: lambda path, content=content: path.write_bytes(LINE.encode() + content + SECOND.encode())  # type: ignore[misc]
+    name: lambda path, content=content: path.write_bytes(LINE.encode() + content + SECOND.encode())
     for name, content in CONTENTS.items()
 }
 
@@ -114,12 +114,12 @@ def test_lists_of_bad_examples_and_skipped_steps_are_gone_on_with(damage: Any, t
 
     Mixture.sources = (Source(),)  # type: ignore[assignment]
     path = damage(tmp_path / "bad_examples.jsonl")
-    listed = BadExamples(Mixture(), epath.Path(tmp_path))  # type: ignore[arg-type]
+    listed = BadExamples(Mixture(), epath.Path(tmp_path))
     listed.add(np.array([7, 9]), np.array([1, 1]))
     kept = [line["record"] for line in side_files.read_lines(path).objects]
     assert kept == ([7, 8, 9] if damage.lines else [7, 9])  # each once
     path = damage(tmp_path / "skipped_steps.jsonl")
-    left_out = skipped.List(Mixture(), epath.Path(tmp_path), 2)  # type: ignore[arg-type]
+    left_out = skipped.List(Mixture(), epath.Path(tmp_path), 2)
     metrics = {"loss": float("nan"), "gradient_norm": 1.0, "guard/bound": 2.0, "guard/in_a_row": 1, "guard/skipped": 1}
     assert "its records are in" in left_out.add(3, metrics, np.array([4]))
     assert [line["step"] for line in read_lines(path)] == [*damage.lines, 3]
@@ -186,7 +186,7 @@ def test_a_step_s_evaluation_and_the_report_of_a_start_are_written_anew(damage: 
     assert read_metrics(epath.Path(tmp_path / "8")) == {"r1": 0.5} and len(aside(path)) == (not damage.lines)
     path = damage(tmp_path / "init.json")
     report = SimpleNamespace(brief=lambda: "brief", to_json=lambda: {"taken": 1})
-    Start(config.Config(), report=report).tell(epath.Path(tmp_path))  # type: ignore[arg-type]
+    Start(config.Config(), report=report).tell(epath.Path(tmp_path))
     assert json.loads(path.read_text()) == {"taken": 1}
 
 
