@@ -134,7 +134,7 @@ def _run(
     _say(f"{parameters / 1e6:.1f}M parameters, {devices}{of_processes}, mesh {dict(mesh.shape)}")
     page = workdir / report.REPORT_FILE
     with checkpoint.Checkpoints(workdir) as found:
-        at, reported = distributed.gather([found.latest(), page.exists()])[0]
+        at, reported = distributed.gather([found.latest(), page.is_file()])[0]
     beating.goes_on_from(at or 0)
     if at == c.steps and reported and not evaluate_only:
         _say(f"complete: {workdir} has been trained to step {at}; the report is {page}")
@@ -235,9 +235,7 @@ def _preview(c: config.Config, source: Mixture, tokenizer: Tokenizer, labels: tu
         raise ConfigError(problem)
 
 
-def _labels(
-    c: config.Config, source: sources.Source, workdir: epath.Path, place: Mapping[str, Any]
-) -> tuple[str, ...]:
+def _labels(c: config.Config, source: sources.Source, workdir: epath.Path, place: Mapping[str, Any]) -> tuple[str, ...]:
     """The classes of model.head, by number, the same in all processes; none without it.
 
     Raises:
