@@ -47,8 +47,9 @@ def write_parquet(folder: pathlib.Path) -> str:
 
 def write_folder(folder: pathlib.Path) -> str:
     for number, (image, _) in enumerate(EXAMPLES):
-        (folder / f"class {number % 2}").mkdir(exist_ok=True)
-        (folder / f"class {number % 2}/{number:03}.png").write_bytes(image)
+        name = ("cat", "dog")[number % 2]
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / f"{number:03}.png").write_bytes(image)
     return "folder:."
 
 
@@ -56,7 +57,7 @@ KINDS = {
     "set.array_record": write_array_record,
     "set.tar": write_tar,
     "set.parquet": write_parquet,
-    "class 1/003.png": write_folder,
+    "dog/003.png": write_folder,
 }
 
 
@@ -87,7 +88,7 @@ def test_other_bytes_of_the_same_size_are_noticed_by_name_and_other_times_are_no
 def test_templates_and_class_names_are_part_of_it(tmp_path: pathlib.Path) -> None:
     write_folder(tmp_path)
     (tmp_path / "templates.txt").write_text("a photo of a {}.\n")
-    (tmp_path / "classes.json").write_text('{"class 0": "cat", "class 1": "dog"}')
+    (tmp_path / "classes.json").write_text('{"cat": "kitten", "dog": "puppy"}')
     spec = f"folder:{tmp_path}?templates={tmp_path}/templates.txt&classes={tmp_path}/classes.json"
 
     def changed(change: Callable[[], object]) -> set[str]:
@@ -97,10 +98,18 @@ def test_templates_and_class_names_are_part_of_it(tmp_path: pathlib.Path) -> Non
         return {key for key in before if before[key] != after[key]}
 
     assert changed(lambda: (tmp_path / "templates.txt").write_text("a photo of the {}.\n")) == {"?templates="}
-    assert changed(lambda: (tmp_path / "classes.json").write_text('{"class 0": "dog", "class 1": "cat"}')) == {
-        "?classes="
-    }
+    assert changed(lambda: (tmp_path / "classes.json").write_text('{"cat": "puppy", "dog": "kitten"}')) == {"?classes="}
     assert changed(lambda: None) == set()
+
+
+def test_a_text_beside_an_image_is_part_of_it(tmp_path: pathlib.Path) -> None:
+    for number, (image, text) in enumerate(EXAMPLES):
+        (tmp_path / f"{number:03}.png").write_bytes(image)
+        (tmp_path / f"{number:03}.txt").write_text(text)
+    before = content.of_source(open_source(f"folder:{tmp_path}"))
+    (tmp_path / "003.txt").write_text(EXAMPLES[3][1].replace("a", "A"))
+    after = content.of_source(open_source(f"folder:{tmp_path}"))
+    assert {key for key in before if before[key] != after[key]} == {"003.txt"}
 
 
 @pytest.mark.parametrize("remote", [False, True])
