@@ -64,8 +64,7 @@ def test_it_is_restored_and_goes_on(
     digests = {path: digest.text(sums[0]) for path, sums in digest.of_process(trees.raw_key(found[0])).items()}
     assert {path: digests[path] for path in recorded} == recorded and len(recorded) > 100
 
-    # The same state saved anew, in today's form: both go on alike, bit for bit, and as that version did, whose
-    # processor may have added in another order.
+    # The same state saved anew, in today's form: both resume alike, bit for bit, and as that version did.
     again = pathlib.Path(shutil.copytree(stored / "run", tmp_path / "new"))
     shutil.rmtree(again / "checkpoints")
     with jax.set_mesh(mesh), Checkpoints(again, config.Checkpoint()) as checkpoints:
@@ -76,7 +75,12 @@ def test_it_is_restored_and_goes_on(
     old, new, wanted = losses(workdir), losses(again), losses(stored / "run")
     assert list(wanted) == list(range(1, 13))
     assert old == new and list(old) == list(range(1, 13))
+    # Step 9 is computed from the restored bits: only the order of sums may differ. AdamW divides each gradient by its
+    # own size, also those that are nothing but rounding (biases of keys): its updates, and all later steps, differ by
+    # up to 4e-4 between processors (AVX2 and AVX-512).
     for step, line in wanted.items():
-        assert {k: old[step][k] for k in line} == pytest.approx(line, rel=1e-4, abs=1e-5), step
+        exact = {k for k in line if step <= 9 and (step <= 8 or k != "update_norm")}
+        assert {k: old[step][k] for k in exact} == pytest.approx({k: line[k] for k in exact}, rel=1e-5), step
+        assert {k: old[step][k] for k in line} == pytest.approx(line, rel=1e-3, abs=1e-5), step
     texts = [json.loads((w / "checkpoints" / "12" / manifest.FILE).read_text())["leaves"] for w in (workdir, again)]
     assert texts[0] == texts[1] and len(texts[0]) > 100
