@@ -22,10 +22,14 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from coca_jax import peers
+from coca_jax.peers import EXIT_LOST
+
 FLAGS = ("--coordinator", "--num_processes", "--process_id")
 TIMEOUT = 300.0  # seconds in which all processes must have come together
-HEARTBEAT = 100  # seconds of silence after which a process is taken for lost: JAX's own default
-EXIT_LOST = 75  # EX_TEMPFAIL: another process is gone, and nothing is wrong with this one
+HEARTBEAT = 100  # seconds of silence after which a process counts as lost: JAX's own default
+MARGIN = 20  # seconds that JAX waits longer than `peers`: it ends a process less gently, and names nobody
+_VERDICT = 0.5  # seconds within which a process that has ended is known to have
 _JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _TORCHRUN = ("MASTER_ADDR", "WORLD_SIZE", "RANK")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")  # what JAX finds its way by
@@ -72,7 +76,7 @@ def initialize(flags: Mapping[str, str] | None = None, timeout: float = TIMEOUT,
     Args:
       flags: values by the names in FLAGS; an empty value is a flag that was not given.
       timeout: seconds to wait for the other processes. The process ends, saying so, when they have passed.
-      heartbeat: seconds of silence after which JAX takes a process for lost and ends the others, naming it.
+      heartbeat: seconds of silence after which a process counts as lost and the others end, naming it.
 
     Raises:
       DistributedError: what was given is incomplete or wrong.
@@ -94,6 +98,7 @@ def initialize(flags: Mapping[str, str] | None = None, timeout: float = TIMEOUT,
         _wait_for_coordinator(job, deadline, timeout)
     elif job:
         _check_port(job)
+    peers.end_instead_of_abort(who)
     with _ending_at(deadline, late):
         try:
             # Later than our own end: JAX's is an abort with a stack trace.
@@ -105,16 +110,17 @@ def initialize(flags: Mapping[str, str] | None = None, timeout: float = TIMEOUT,
                     job.index,
                     job.local_devices,
                     initialization_timeout=later,
-                    heartbeat_timeout_seconds=heartbeat,
+                    heartbeat_timeout_seconds=heartbeat + MARGIN,
                 )
             else:
-                jax.distributed.initialize(initialization_timeout=later, heartbeat_timeout_seconds=heartbeat)
+                jax.distributed.initialize(initialization_timeout=later, heartbeat_timeout_seconds=heartbeat + MARGIN)
         except Exception as error:  # of many kinds: sockets, metadata servers, JAX
             how = where if job else f"{cluster} was found, but JAX could not start from it"
             raise (Absent if _LOST.search(str(error)) else DistributedError)(
                 f"{how}: {' '.join(str(error).split())}; to say it yourself: {', '.join(f'{f}=...' for f in FLAGS)}"
             ) from error
         jax.device_count()  # the devices of all are told to all
+        _watch_peers(job, heartbeat)
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
     if not is_first():
         logging.set_verbosity(logging.WARNING)  # what goes well is told by one
@@ -232,6 +238,32 @@ def _check_port(job: Job) -> None:
         ) from error
 
 
+_watcher: peers.Peers | None = None
+
+
+def _watch_peers(job: Job | None, heartbeat: int) -> None:
+    """Watches the other processes, where they can be reached; else that is JAX's alone."""
+    global _watcher
+    index, problem = jax.process_index(), ""
+    if jax.process_count() == 1:
+        return
+    hosts = gather(socket.gethostname())
+    try:
+        _watcher = None if index else peers.Peers(0, hosts, heartbeat)
+        address = gather(_watcher.address if _watcher else None)[0]
+        if index:
+            names = [job.coordinator.rpartition(":")[0].strip("[]")] if job else []
+            _watcher = peers.Peers(index, hosts, heartbeat, [*address[:2], *names, *address[2:]])
+    except OSError as error:
+        problem = str(error)
+    if problem:
+        logging.warning(
+            "process %d has no connection to process 0 beside JAX's (%s): JAX alone finds out when a process is lost, "
+            "after %d s",
+            *(index, problem, heartbeat + MARGIN),
+        )
+
+
 @contextlib.contextmanager
 def _ending_at(deadline: float, message: str) -> Iterator[None]:
     """Ends the process, with the message and EXIT_LOST, if it is in the block then: JAX can only be left so."""
@@ -292,7 +324,7 @@ def leave(message: str, patience: float = 10.0) -> str:
     """Prints the message and ends this process, one of several, with status 1; where it is alone, returns the message.
 
     If the others fail alike, all end in peace. If they do not, they wait for this one in some computation: it leaves
-    without them, and JAX ends them when it misses its heartbeat.
+    without them, and they end with its message as the cause.
 
     Args:
       message: what has gone wrong here.
@@ -300,6 +332,9 @@ def leave(message: str, patience: float = 10.0) -> str:
     """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return message
+    time.sleep(_VERDICT)  # an error that is another process's end, which is noticed within this
+    if _watcher:
+        _watcher.leave(message.strip().splitlines()[-1])
     _say(f"process {jax.process_index()} of {jax.process_count()}: {message}")
     ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     ending.start()
@@ -324,18 +359,16 @@ def lost(error: BaseException) -> bool:
 
 
 def wait_for_verdict(error: BaseException, heartbeat: int) -> NoReturn:
-    """Says that another process is gone, and waits: JAX ends this one, naming the lost one, when it is found silent.
+    """Ends this process, which cannot reach another one: with the name of the lost one as soon as that is known.
 
-    Where JAX has not done so within the heartbeat and ten seconds, the process ends with EXIT_LOST.
+    Args:
+      error: what a computation said.
+      heartbeat: seconds after which a silent process is known to be lost; after ten more that is not waited for.
     """
-    text = " ".join(str(error).split())
-    _say(
-        f"process {jax.process_index()} of {jax.process_count()}: another process is gone or cannot be reached "
-        f"({text}); JAX names it within {heartbeat} s. Start all again: they go on from the newest checkpoint"
-    )
-    time.sleep(heartbeat + 10)
-    sys.stdout.flush()
-    os._exit(EXIT_LOST)
+    if _watcher:
+        time.sleep(heartbeat + 10)
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    peers.end(f"{who}: another process is gone or cannot be reached ({error})")
 
 
 def _say(message: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from coca_jax import commandline, config, distributed, sharding, start, supervise
+from coca_jax import commandline, config, distributed, peers, sharding, start, supervise
 from coca_jax.config import ConfigError
 from coca_jax.data import classes, preview, sources
 from coca_jax.data.classes import Task
@@ -136,6 +136,7 @@ def _run(
     with checkpoint.Checkpoints(workdir) as found:
         at, reported = distributed.gather([found.latest(), page.is_file()])[0]
     beating.goes_on_from(at or 0)
+    peers.newest_checkpoint = at
     if at == c.steps and reported and not evaluate_only:
         _say(f"complete: {workdir} has been trained to step {at}; the report is {page}")
         return 0

@@ -23,7 +23,8 @@ _BELOW_RUN = (
 ROOMS: dict[str, tuple[str, ...]] = {
     "config": (),
     "sharding": (),
-    "distributed": (),
+    "peers": (),
+    "distributed": ("peers",),
     "chips": (),
     "cache": (),
     "compiler": ("cache",),
@@ -37,7 +38,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "apply": ("config", "sharding", "data", "model", "losses", "generate"),
     "evaluate": ("config", "data", "generate"),
     "evaluate.__main__": ("config", "commandline", "compiler", "evaluation"),  # flags alone
-    "train": ("config", "sharding", "chips", "distributed", "data", "model", "losses"),
+    "train": ("config", "sharding", "chips", "distributed", "peers", "data", "model", "losses"),
     "interop": ("config", "data", "model", "train.state"),
     "plan": (
         *("config", "commandline", "compiler", "chips", "sharding", "model", "train"),
@@ -52,7 +53,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "run": (
         *("config", "commandline", "sharding", "distributed", "data", "evaluate", "evaluator", "start", "supervise"),
-        *("train", "train.loop"),
+        *("train", "train.loop", "peers"),
     ),
     "main": ("config", "commandline", "compiler", "run"),
     "pictures": ("data",),

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from coca_jax import config
+from coca_jax import config, peers
 from coca_jax.distributed import gather, is_first
 from coca_jax.train.checkpoint import digest, manifest, read, tree, verify
 from coca_jax.train.checkpoint.folder import Folder
@@ -208,6 +208,7 @@ class Checkpoints:
             self._failed(save.step, problem)
             return
         self._steps.is_good(save.step, save.metrics)
+        peers.newest_checkpoint = save.step
         if self._failure and self._failure.step > save.step:  # one that could not wait for this one: now it can
             self._failure = dataclasses.replace(self._failure, retry_at=0.0)
         else:
