@@ -320,14 +320,15 @@ def check_same(values: Mapping[str, Any]) -> None:
                 )
 
 
-def leave(message: str, patience: float = 10.0) -> str:
-    """Prints the message and ends this process, one of several, with status 1; where it is alone, returns the message.
+def leave(message: str, status: int = 1, patience: float = 10.0) -> str:
+    """Prints the message and ends this process, one of several; where it is alone, returns the message.
 
     If the others fail alike, all end in peace. If they do not, they wait for this one in some computation: it leaves
     without them, and they end with its message as the cause.
 
     Args:
       message: what has gone wrong here.
+      status: what the process exits with.
       patience: seconds to wait for the others.
     """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
@@ -339,7 +340,7 @@ def leave(message: str, patience: float = 10.0) -> str:
     ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     ending.start()
     ending.join(patience)
-    os._exit(1)
+    os._exit(status)
 
 
 # What a computation says that another process has left: Gloo (CPU), NCCL (GPU), gRPC, TPU's network between slices.

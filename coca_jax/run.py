@@ -19,6 +19,7 @@ from coca_jax.config import ConfigError
 from coca_jax.data import classes, preview, sources
 from coca_jax.data.classes import Task
 from coca_jax.data.mixture import Mixture, open_mixture
+from coca_jax.data.readers import ReaderLost
 from coca_jax.data.records import DataError, named_in
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import asked, report, tables
@@ -61,6 +62,7 @@ def run(
     try:
         c = config.from_config_dict(values)
         config.check(c)
+        supervise.end_with_supervisor(c.checkpoint.grace)
         profile_steps = read_steps(profile, c.steps)
         distributed.initialize(processes, timeout, heartbeat)
         with stopping.Stopping(c.checkpoint.grace) as stop:
@@ -71,6 +73,9 @@ def run(
         return stopping.EXIT_STOPPED
     except distributed.Absent as error:
         print(f"error: {error}", file=sys.stderr)
+        return distributed.EXIT_LOST
+    except ReaderLost as error:
+        print(distributed.leave(f"error: {error}", distributed.EXIT_LOST), file=sys.stderr)
         return distributed.EXIT_LOST
     except (ConfigError, DataError, checkpoint.CheckpointError, Diverged, distributed.DistributedError) as error:
         return distributed.leave(f"error: {error}")

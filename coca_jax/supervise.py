@@ -27,6 +27,8 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from coca_jax import parent
+
 FINAL = (0, 1, 2)  # complete; an error that names what to mend; a command line that cannot be read
 LONGEST_PAUSE = 300.0
 BEAT_FILE = "COCA_JAX_BEAT"  # variable: the file in which a process beats
@@ -114,7 +116,7 @@ class Job:
             shared = [f"--coordinator=localhost:{free_port()}", f"--num_processes={self._count}"]
             several = [[*shared, f"--process_id={index}"] for index in range(self._count)]
         self._running = [
-            subprocess.Popen([*self._command, *flags], env=os.environ | {BEAT_FILE: str(file)})
+            subprocess.Popen([*self._command, *flags], env=os.environ | parent.environment() | {BEAT_FILE: str(file)})
             for flags, file in zip(several, files, strict=True)
         ]
         if self.stopping:  # asked between two starts
@@ -230,6 +232,22 @@ class Beating:
                 os.pwrite(handle, b"%12d %12d" % (self._count, self._step), 0)  # always as long: never half of it
             finally:
                 os.close(handle)
+
+
+def end_with_supervisor(grace: float) -> None:
+    """Asks this process to end (SIGTERM) when its supervisor has ended without doing so, and sees that it does.
+
+    Args:
+      grace: seconds that it has to save in.
+    """
+
+    def end() -> None:
+        say("the supervisor is gone: this run saves and ends, so that another can take its place")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace)
+        os._exit(128 + signal.SIGTERM)
+
+    parent.follow(end)
 
 
 def free_port() -> int:

@@ -29,8 +29,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "cache": (),
     "compiler": ("cache",),
     "commandline": ("config",),
-    "supervise": (),
-    "data": ("config", "cache"),
+    "parent": (),
+    "supervise": ("parent",),
+    "data": ("config", "cache", "parent"),
     "data.prepare.__main__": ("data", "commandline"),
     "model": ("config", "sharding"),
     "losses": ("config", "sharding", "model"),
@@ -41,7 +42,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "train": ("config", "sharding", "chips", "distributed", "peers", "data", "model", "losses"),
     "interop": ("config", "data", "model", "train.state"),
     "plan": (
-        *("config", "commandline", "compiler", "chips", "sharding", "model", "train"),
+        *("config", "commandline", "compiler", "chips", "parent", "sharding", "model", "train"),
         *("data.records", "interop", "stored"),  # of the checkpoint that a run begins with, its model
     ),
     "stored": ("config", "data", "interop", "model", "train"),  # weights, whatever wrote them

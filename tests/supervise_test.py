@@ -46,7 +46,8 @@ def supervise(folder: pathlib.Path, how: str, processes: int = 1, *options: str)
     (folder / "coca_jax").mkdir()
     (folder / "coca_jax/__init__.py").touch()
     (folder / "coca_jax/main.py").write_text(MAIN)
-    (folder / "coca_jax/supervise.py").write_text((conftest.REPOSITORY / "coca_jax/supervise.py").read_text())
+    for name in ("supervise", "parent"):
+        (folder / f"coca_jax/{name}.py").write_text((conftest.REPOSITORY / f"coca_jax/{name}.py").read_text())
     command = [sys.executable, "-m", "coca_jax.supervise", f"--processes={processes}", "--pause=0.1", *options]
     return subprocess.Popen(
         [*command, "--", f"--folder={folder}", f"--how={how}"],

@@ -235,6 +235,9 @@ class Data:
     accept_changes: bool = False
     max_bad: float = 0.01  # largest share of unusable examples; others replace them, and above it the run stops
     workers: int = 0  # reader processes; 0: threads only, which is faster up to about 50 cores
+    # Seconds in which a reader process must have begun or ended a record while the run waits for it: else it is killed,
+    # and the run ends with status 75. The first batch has 120 at least; the slowest record must fit in. 0: no limit
+    worker_timeout: float = 600.0
     threads: int = 0  # threads that read and decode; 0: twice the cores, at most 16
     prefetch: int = 2  # batches placed on the mesh ahead of the step
 

@@ -60,7 +60,8 @@ NOT_NEGATIVE = (
     *("model.text.n_multi", "model.text.pad_id", "model.image.scan_unroll", "model.text.scan_unroll"),
     *("loss.lambda_con", "loss.lambda_cap", "loss.contrastive_tile", "loss.caption_chunk"),
     *("optimizer.weight_decay", "optimizer.clip_norm", "optimizer.eps"),
-    *("data.workers", "data.threads", "data.color_jitter", "data.hue_jitter", "data.rotate", "data.subword_sampling"),
+    *("data.workers", "data.worker_timeout", "data.threads", "data.subword_sampling"),
+    *("data.color_jitter", "data.hue_jitter", "data.rotate"),
     *("evaluate.every", "evaluate.captions", "evaluate.likelihood", "checkpoint.keep_best", "checkpoint.grace"),
     *("guard.spike", "guard.after", "guard.max_in_a_row", "guard.max_skipped", "guard.stall", "guard.stall_seconds"),
 )

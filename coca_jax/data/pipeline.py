@@ -18,10 +18,9 @@ from typing import Any, SupportsIndex
 import grain
 import jax
 import numpy as np
-from absl import flags
 
 from coca_jax import config
-from coca_jax.data import images, label_names
+from coca_jax.data import images, label_names, readers
 from coca_jax.data.classes import PAIRS, Task
 from coca_jax.data.mixture import Mixture, Schedule, Segment
 from coca_jax.data.records import REASONS, BadExample, DataError, Record
@@ -49,7 +48,8 @@ class _Read:
         chosen, problem, first = index, 0, ""
         for _ in range(_REPLACEMENTS):
             try:
-                example = self._augmented(chosen, rng)
+                with readers.reading(self.source.name, chosen):
+                    example = self._augmented(chosen, rng)
             except BadExample as error:
                 problem, first = problem or _code(error), first or str(error)
                 chosen = int(rng.integers(len(self.source)))
@@ -99,9 +99,10 @@ class _Read:
         if index >= len(self.source):  # fills the last batch
             return blank | {"problem": np.int8(0)}
         try:
-            record = self._record(index)
-            fit = images.Preprocessor.from_config(self.image_size, self.data)
-            pixels = fit.pixels(self.task.chosen(record)) if frames > 1 else fit.pixels([record.image])[0]
+            with readers.reading(self.source.name, index):
+                record = self._record(index)
+                fit = images.Preprocessor.from_config(self.image_size, self.data)
+                pixels = fit.pixels(self.task.chosen(record)) if frames > 1 else fit.pixels([record.image])[0]
         except BadExample as error:
             return blank | {"problem": np.int8(_code(error))}
         caption = next((caption for caption in record.captions if caption.strip()), None)
@@ -338,8 +339,4 @@ def _read_ahead(batches: grain.MapDataset, data: config.Data) -> grain.IterDatas
     threads = data.threads or max(1, min(16, 2 * (os.cpu_count() or 1) // max(1, data.workers)))
     # Each thread makes one batch at a time; a longer buffer would only hold memory.
     loader = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-    if data.workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads its flags when it starts workers, also where no absl.app runs
-            flags.FLAGS.mark_as_parsed()
-        loader = loader.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2))
-    return loader
+    return readers.in_processes(loader, data) if data.workers else loader

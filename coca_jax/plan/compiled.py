@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from coca_jax import config
+from coca_jax import config, parent
 from coca_jax.plan.topology import Topology
 
 GIB = 2**30
@@ -70,6 +70,7 @@ def measure(
     request = {"config": json.loads(config.to_json(c)), "topology": topology.name, "slices": topology.slices}
     environment = {
         **os.environ,
+        **parent.environment(),
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",  # do not query Google Cloud's metadata server
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -282,6 +283,7 @@ def _main(answer: str) -> None:
     from coca_jax import compiler
     from coca_jax.plan import topology as topologies
 
+    parent.follow()
     compiler.setup(["tpu"])  # the compiler flags of a run on TPUs
     request = json.load(sys.stdin)
     c = config.from_config_dict(request["config"])

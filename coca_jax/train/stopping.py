@@ -130,7 +130,7 @@ class Stopping:
             text = f"stopped without saving: {self._grace:g} s (config.checkpoint.grace) were not enough"
         try:
             for child in multiprocessing.active_children():  # readers of data, which would outlive this
-                child.terminate()
+                child.kill()  # one that is stopped would not hear SIGTERM
             giving_back = threading.Thread(target=self.held.close, daemon=True)
             giving_back.start()
             giving_back.join(_PATIENCE)  # a storage that does not answer is not waited for

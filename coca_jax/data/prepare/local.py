@@ -5,8 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import multiprocessing
-import multiprocessing.connection
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from typing import Any
 
 import tqdm
 
+from coca_jax import parent
 from coca_jax.data.prepare import shards
 from coca_jax.data.prepare.plan import Plan
 from coca_jax.data.records import DataError
@@ -109,12 +108,4 @@ def _start(seen: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one acts
     # tqdm's own lock is a semaphore of the system, which a process that is ended would leave there.
     tqdm.tqdm.set_lock(threading.RLock())
-    # A worker whose parent was killed would wait for work forever.
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
+    parent.follow()  # a worker whose parent was killed would wait for work forever

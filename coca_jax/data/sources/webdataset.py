@@ -16,6 +16,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
+from coca_jax import parent
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import content, files, tar_index, tar_samples, tar_walk
 from coca_jax.data.sources.base import CAPTION_NAMES, MAX_BYTES, Spec, digest, one_line, texts
@@ -212,7 +213,7 @@ def _indexed(found: Sequence[File]) -> list[Shard]:
         pool: concurrent.futures.Executor
         if count > 1 and len(missing) >= _PROCESSES_FROM:
             context = multiprocessing.get_context("spawn")
-            pool = concurrent.futures.ProcessPoolExecutor(min(count, len(missing) // 16), mp_context=context)
+            pool = concurrent.futures.ProcessPoolExecutor(min(count, len(missing) // 16), context, parent.follow)
         else:
             pool = concurrent.futures.ThreadPoolExecutor(min(32, 4 * count))
         with pool:

@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     "data.prefetch",
     "data.threads",
     "data.workers",
+    "data.worker_timeout",
     "model.image.remat",
     "model.image.scan_unroll",
     "model.text.remat",
