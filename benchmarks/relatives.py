@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import runpy
 import statistics
@@ -25,7 +26,7 @@ import sys
 from typing import Any
 
 from benchmarks.turns import OtherWork, Worker, take_turns
-from coca_jax import config
+from coca_jax import config, parent
 from coca_jax.model import flops
 from coca_jax.train.metrics import read_lines
 
@@ -68,7 +69,11 @@ def train(row: str, folder: pathlib.Path, budget: int) -> None:
         "checkpoint.every": 10_000,
     } | ({"init.checkpoint": str(folder / begins)} if begins else {})
     command = [sys.executable, "-m", "coca_jax.main", f"--config={CONFIGS / name}.py", f"--workdir={folder / row}"]
-    subprocess.run([*command, *(f"--config.{key}={value}" for key, value in changes.items())], check=True)
+    subprocess.run(
+        [*command, *(f"--config.{key}={value}" for key, value in changes.items())],
+        env=os.environ | parent.environment(),
+        check=True,
+    )
 
 
 def table(folder: pathlib.Path, budget: int) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from coca_jax import commandline, config, distributed, evaluator, sharding, stor
 from coca_jax.config import ConfigError
 from coca_jax.data import side_files
 from coca_jax.data.images import Preprocessor
+from coca_jax.data.readers import ReaderLost
 from coca_jax.data.sources import Source, content
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.evaluate import asked, notes, pieces, report, suite, tables
@@ -61,9 +63,16 @@ def run(
         given = None if values is None else config.from_config_dict(values)
         distributed.initialize(processes, timeout)
         return _run(given, checkpoint, reachable(output), step)
+    except ReaderLost as error:
+        print(distributed.leave(f"error: {error}", distributed.EXIT_LOST), file=sys.stderr)
+        return distributed.EXIT_LOST
     # ValueError: what cannot be measured, such as a source without labels.
     except (ConfigError, CheckpointError, ConversionError, distributed.DistributedError, ValueError, OSError) as error:
         return distributed.leave(f"error: {' '.join(str(error).split())}")
+    except Exception as error:
+        if distributed.lost(error):
+            distributed.wait_for_verdict(error, distributed.HEARTBEAT)
+        raise
     except KeyboardInterrupt:
         return commandline.stopped(distributed.leave("stopped: the same command goes on from here"))
 

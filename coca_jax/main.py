@@ -30,7 +30,10 @@ _NUM_PROCESSES = flags.DEFINE_string("num_processes", "", "How many processes th
 _PROCESS_ID = flags.DEFINE_string("process_id", "", "Which of them this is: 0 .. num_processes - 1.")
 _TIMEOUT = flags.DEFINE_integer("coordinator_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_timeout", 100, "Seconds of silence after which another process is taken for lost.", lower_bound=2
+    "heartbeat_timeout",
+    100,
+    "Seconds without a sign of life after which another process counts as lost.",
+    lower_bound=2,
 )
 
 

@@ -202,7 +202,7 @@ class Beating:
     """The process's side: shows a supervisor, where there is one, that the process lives, until it ends.
 
     A thread of it beats, so that what is frozen (stopped, or stuck holding Python's lock) is silent. What only waits,
-    for data or for a lost process, is not: of that the watchdog and JAX's own heartbeat speak.
+    for data or for a lost process, is not: of that the watchdog and peers.py speak.
     """
 
     def __init__(self) -> None:

@@ -164,9 +164,10 @@ def hit(runs: Runs, name: str, number: int, what: signal.Signals) -> str:
     assert time.monotonic() - sent < BOUND, run.said()
     said = run.finish()
     assert said.count("starts again in 2 s") == 1 and "resumed" in said, said
-    # Those that were left ended by themselves, and said why: a closed connection, or a name from JAX's service.
-    assert "did not end in time" not in said, said
-    assert "another process is gone or cannot be reached" in said or "unhealthy" in said, said
+    # Those that were left ended by themselves, with a line that names the lost one, and not by JAX's abort.
+    assert "did not end in time" not in said and "was ended by SIGABRT" not in said, said
+    why = "is gone: its connection closed" if what == signal.SIGKILL else "has given no sign of life for"
+    assert len(re.findall(rf"process \d of 4: process {number} of 4 \(on .*\) {why}", said)) == 3, said
     return said
 
 

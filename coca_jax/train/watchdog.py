@@ -24,7 +24,7 @@ class Watchdog:
 
     Where a step takes `stall` times the median of those before it, and `stall_seconds` at least, the stacks of all
     threads are written into the workdir, once for the step. Nothing is ended: what can be said from here is where the
-    process waits. Processes that wait for a lost one are ended by JAX (distributed.py).
+    process waits. Processes that wait for a lost one are ended by peers.py.
     """
 
     def __init__(self, c: config.Guard, workdir: epath.Path, say: Callable[[str], None]) -> None:
