@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import trace
 from benchmarks.turns import REPOSITORY, platforms
+from coca_jax import parent
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
             f"--config.checkpoint.every={(first + last) // 2 if args.checkpoint else args.steps + 1}",
             *args.more,
         ]
-        environment = {**os.environ, "JAX_PLATFORMS": platforms()}
+        environment = {**os.environ, **parent.environment(), "JAX_PLATFORMS": platforms()}
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"error: the run ended with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")

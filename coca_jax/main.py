@@ -32,7 +32,7 @@ _TIMEOUT = flags.DEFINE_integer("coordinator_timeout", 300, "Seconds to wait for
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout",
     100,
-    "Seconds without a sign of life after which another process counts as lost.",
+    "Seconds without a heartbeat before a process counts as lost.",
     lower_bound=2,
 )
 

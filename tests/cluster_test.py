@@ -152,7 +152,8 @@ def test_a_lost_process_is_started_again_on_its_machine(cloud: Cloud) -> None:
     (environment / "bin/python").symlink_to(sys.executable)
     (cloud.clone / "coca_jax/__init__.py").touch()
     (cloud.clone / "coca_jax/main.py").write_text(_MAIN)
-    shutil.copy(REPOSITORY / "coca_jax/supervise.py", cloud.clone / "coca_jax/supervise.py")
+    for name in ("supervise.py", "parent.py"):
+        shutil.copy(REPOSITORY / "coca_jax" / name, cloud.clone / "coca_jax" / name)
     worker = ("bash", cloud.clone / "launch/on_worker")
     told = {"COCA_JAX_VENV": str(environment), "PYTHONPATH": str(cloud.clone)}
     starts = cloud.folder / "starts"

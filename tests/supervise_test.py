@@ -26,6 +26,12 @@ number = len(log.read_text().splitlines())
 first, beating = number == 1, supervise.Beating()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 how = flags["how"]
+if how == "orphan":
+    signal.signal(signal.SIGTERM, lambda *_: (folder / "saved").touch())  # and it does not end
+    supervise.end_with_supervisor(1.0)
+    time.sleep(0.2)
+    while True:
+        time.sleep(60)
 if first and index == str(count - 1) and how != "progress":
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -115,3 +121,14 @@ def test_asked_to_end_it_asks_and_ends(tmp_path: pathlib.Path, number: signal.Si
     process.send_signal(number)  # to it alone
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 143 and starts(tmp_path) == [["-"]], said
+
+
+def test_the_processes_of_a_supervisor_that_was_killed_save_and_end(tmp_path: pathlib.Path) -> None:
+    process = supervise(tmp_path, "orphan")
+    deadline = time.monotonic() + 60
+    while not starts(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    said = process.communicate(timeout=30)[1]  # ends when its process, which has the same standard error, has ended
+    assert "the supervisor is gone: this run saves and ends" in said, said
+    assert (tmp_path / "saved").exists()

@@ -92,7 +92,7 @@ def lives(process: int) -> bool:
 def test_a_reader_that_fails_is_named_and_none_outlives_the_run(tmp_path: pathlib.Path) -> None:
     source, tokenizer = pairs.write(tmp_path)
     (tmp_path / "program.py").write_text(PROGRAM)
-    cases = ["SIGKILL", "SIGSTOP", "SIGSEGV", "wait", "raise", "parent"]
+    cases = ["SIGKILL", "SIGSTOP", "wait", "raise", "parent"]
     done = subprocess.run(
         [sys.executable, tmp_path / "program.py", str(source), str(tokenizer), tmp_path / "fault", *cases],
         env=os.environ | conftest.BYTECODE | {"PYTHONPATH": str(conftest.REPOSITORY), "JAX_PLATFORMS": "cpu"},
@@ -104,13 +104,12 @@ def test_a_reader_that_fails_is_named_and_none_outlives_the_run(tmp_path: pathli
     *told, readers = (json.loads(line) for line in done.stdout.splitlines())
     said = {case: text for case, (text, _, _) in zip(cases, told, strict=False)}
     assert all("\n" not in text and seconds < 60 for text, _, seconds in told), told
-    for case, (text, process, _) in zip(cases[:3], told, strict=False):
+    for case, (text, process, _) in zip(cases[:2], told, strict=False):
         assert text.startswith(f"ReaderLost: reader 1 of 2 (process {process}) "), (case, text)
     assert "was ended by SIGKILL" in said["SIGKILL"] and "memory" in said["SIGKILL"]
     assert "config.data.workers" in said["SIGKILL"]
     assert "has answered nothing for 3 s" in said["SIGSTOP"] and "it is stopped (T)" in said["SIGSTOP"]
     assert "config.data.worker_timeout" in said["SIGSTOP"]
-    assert "was ended by SIGSEGV: a library crashed" in said["SIGSEGV"]
     assert "ReaderLost" in said["wait"] and "record 5 since" in said["wait"]  # what it reads, not what it has read
     assert "DataError: a reader process failed: KeyError: 'no such field' (program.py:" in said["raise"]
 
