@@ -111,7 +111,7 @@ def test_a_reader_that_fails_is_named_and_none_outlives_the_run(tmp_path: pathli
     assert "has answered nothing for 3 s" in said["SIGSTOP"] and "it is stopped (T)" in said["SIGSTOP"]
     assert "config.data.worker_timeout" in said["SIGSTOP"]
     assert "ReaderLost" in said["wait"] and "record 5 since" in said["wait"]  # what it reads, not what it has read
-    assert "DataError: a reader process failed: KeyError: 'no such field' (program.py:" in said["raise"]
+    assert "DataError: a reader process failed: KeyError: 'no such field' (" in said["raise"]
 
     deadline = time.monotonic() + 15
     while any(map(lives, readers)) and time.monotonic() < deadline:
