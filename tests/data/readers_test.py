@@ -47,7 +47,7 @@ class Faulty:
 
 def main():
     source, tokenizer = Faulty(open_source(sys.argv[1])), Tokenizer(sys.argv[2])
-    data = config.Data(workers=2, threads=1, worker_timeout=3.0)
+    data = config.Data(workers=2, threads=1, worker_timeout=10.0)
     for case in sys.argv[4:]:
         faults = sys.argv[3] + "." + case
         options = dict(image_size=16, length=8, batch_size=2, seed=0)
@@ -108,7 +108,7 @@ def test_a_reader_that_fails_is_named_and_none_outlives_the_run(tmp_path: pathli
         assert text.startswith(f"ReaderLost: reader 1 of 2 (process {process}) "), (case, text)
     assert "was ended by SIGKILL" in said["SIGKILL"] and "memory" in said["SIGKILL"]
     assert "config.data.workers" in said["SIGKILL"]
-    assert "has answered nothing for 3 s" in said["SIGSTOP"] and "it is stopped (T)" in said["SIGSTOP"]
+    assert "has answered nothing for 10 s" in said["SIGSTOP"] and "it is stopped (T)" in said["SIGSTOP"]
     assert "config.data.worker_timeout" in said["SIGSTOP"]
     assert "ReaderLost" in said["wait"] and "record 5 since" in said["wait"]  # what it reads, not what it has read
     assert "DataError: a reader process failed: KeyError: 'no such field' (" in said["raise"]
