@@ -26,6 +26,7 @@ from typing import Any
 from absl import flags
 
 from coca_jax import commandline, compiler
+from coca_jax.data import addresses
 
 FORMATS = ("coca_jax", "open_clip", "stablehlo", "onnx")
 
@@ -115,9 +116,8 @@ def _writer(to: str) -> Callable[..., Any]:
 
 
 def _listing(folder: str) -> list[str]:
-    from etils import epath
 
-    files = [path for path in epath.Path(folder).glob("*") if path.is_file()]
+    files = [path for path in addresses.path(folder).glob("*") if path.is_file()]
     width = max(len(path.name) for path in files)
     return [f"{path.name:{width}}  {path.stat().length / 1e6:12,.3f} MB" for path in sorted(files)]
 

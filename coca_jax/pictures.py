@@ -40,7 +40,7 @@ def find(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     for argument in arguments:
         addresses.check(argument)
-        path = epath.Path(argument)
+        path = addresses.path(argument)
         if path.is_dir():
             inside = sorted(os.fspath(p) for p in _walk(path) if p.suffix.lower() in SUFFIXES)
             if not inside:
@@ -110,7 +110,7 @@ class Lines:
         def take(row: dict[str, Any]) -> dict[str, Any] | None:
             return {name: row[name] for name in wanted} if all(name in row for name in wanted) else None
 
-        path = epath.Path(self._path)
+        path = addresses.path(self._path)
         if self._side:
             return side_files.take_lines(path, take)
         lines = side_files.read_lines(path, take)
@@ -225,7 +225,7 @@ def keep_settings(output: str, settings: dict[str, Any]) -> None:
     Raises:
       DataError: naming the first setting that differs.
     """
-    path = epath.Path(output + ".settings.json")
+    path = addresses.path(output + ".settings.json")
     settings = json.loads(json.dumps(settings))
     if side_files.is_there(path) and pathlib.Path(output).exists():
         try:

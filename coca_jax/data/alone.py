@@ -6,9 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from etils import epath
-
-from coca_jax.data import side_files
+from coca_jax.data import addresses, side_files
 from coca_jax.data.records import DataError
 from coca_jax.data.sources.files import is_remote
 
@@ -32,7 +30,7 @@ def alone(lock: str | os.PathLike[str], said: str) -> Iterator[None]:
     if is_remote(os.fspath(lock)) or fcntl is None:
         yield
         return
-    side_files.make_room(epath.Path(lock))  # a pipe in its place would keep this process waiting
+    side_files.make_room(addresses.path(lock))  # a pipe in its place would keep this process waiting
     with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

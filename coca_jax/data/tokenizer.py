@@ -10,10 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
-from etils import epath
 
 from coca_jax import config
-from coca_jax.data import opening, vocabulary
+from coca_jax.data import addresses, opening, vocabulary
 from coca_jax.data.records import DataError, check_unicode
 
 # Of the vocabularies trained here. A model from elsewhere keeps its own, read from the file.
@@ -132,7 +131,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model file."""
-        epath.Path(path).write_bytes(self._model)
+        addresses.path(path).write_bytes(self._model)
 
     @classmethod
     def clip(cls) -> Tokenizer:

@@ -13,7 +13,7 @@ import markupsafe
 import numpy as np
 from etils import epath
 
-from coca_jax.data import side_files
+from coca_jax.data import addresses, side_files
 
 # Drawn in colours that occur nowhere else, which become CSS variables of the page: light and dark from one drawing.
 _INK, _GRID = "#010203", "#040506"
@@ -48,7 +48,7 @@ def read(path: epath.PathLike) -> History:
     """
     points: dict[str, dict[int, float]] = {}
     try:
-        lines = side_files.read_lines(epath.Path(path), _with_step)
+        lines = side_files.read_lines(addresses.path(path), _with_step)
     except side_files.Unreadable:
         lines = side_files.Lines(bad=1)
     for entry in lines.objects:

@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from coca_jax.data import images, side_files
+from coca_jax.data import addresses, images, side_files
 from coca_jax.data.records import BadExample, Record
 from coca_jax.data.sources import Source, content
 from coca_jax.evaluate import retrieval
@@ -50,7 +50,7 @@ def baselines(
     Raises:
       ValueError: no record of the reference has that style.
     """
-    path = epath.Path(cache) if cache is not None else None
+    path = addresses.path(cache) if cache is not None else None
     known = _read(path)
     reads = keys.fingerprint() if keys else ""
     entries = {name: _key(source, reference, style, size, background, reads) for name, source in splits.items()}

@@ -20,7 +20,7 @@ from etils import epath
 from PIL import Image
 
 from coca_jax import config as config_lib
-from coca_jax.data import images, side_files
+from coca_jax.data import addresses, images, side_files
 from coca_jax.evaluate import curves, suite, tables, template
 from coca_jax.evaluate import notes as figure_notes
 from coca_jax.evaluate.figures import ABSENT, duration, million, percent, plain
@@ -57,7 +57,7 @@ def write(
     Returns:
       The path of the page.
     """
-    workdir = epath.Path(workdir)
+    workdir = addresses.path(workdir)
     history = curves.read(workdir / "metrics.jsonl")
     results = results or suite.Results({})
     metrics = history.last() | results.metrics

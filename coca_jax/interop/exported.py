@@ -19,6 +19,7 @@ from etils import epath
 from flax import traverse_util
 
 from coca_jax import config
+from coca_jax.data import addresses
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.records import DataError
 from coca_jax.data.tokenizer import Tokenizer
@@ -79,12 +80,12 @@ def write(weights: Weights, folder: epath.PathLike, *, overwrite: bool = False) 
 
 
 def is_exported(folder: epath.PathLike) -> bool:
-    return (epath.Path(folder) / CONFIG_FILE).is_file()
+    return (addresses.path(folder) / CONFIG_FILE).is_file()
 
 
 def lacks_tokenizer(folder: epath.PathLike) -> bool:
     """Whether it was written without one, of weights that had none."""
-    return folders.read_json(epath.Path(folder) / CONFIG_FILE).get("tokenizer", "") is None
+    return folders.read_json(addresses.path(folder) / CONFIG_FILE).get("tokenizer", "") is None
 
 
 def read(folder: epath.PathLike, *, tokenizer: epath.PathLike = "") -> Weights:
@@ -97,7 +98,7 @@ def read(folder: epath.PathLike, *, tokenizer: epath.PathLike = "") -> Weights:
     Raises:
       ConversionError: it is of a later version, damaged, or its parts do not fit together; every reason is listed.
     """
-    folder = epath.Path(folder)
+    folder = addresses.path(folder)
     path = folder / CONFIG_FILE
     values = folders.read_json(path)
     version = values.get("format_version")
@@ -160,7 +161,7 @@ def _tokenizer(
 ) -> Tokenizer | None:
     if described is None and os.fspath(given) in ("", "none"):
         return None
-    file = epath.Path(given) if described is None else _verified(folder, described)
+    file = addresses.path(given) if described is None else _verified(folder, described)
     try:
         tokenizer = Tokenizer(file)
         tokenizer.check(c.model.text)

@@ -68,7 +68,7 @@ def named(path: epath.PathLike) -> epath.Path:
         addresses.check(path)
     except DataError as error:
         raise ConversionError(str(error)) from error
-    return epath.Path(path)
+    return addresses.path(path)
 
 
 def check_file(path: epath.PathLike) -> None:
@@ -76,7 +76,7 @@ def check_file(path: epath.PathLike) -> None:
     try:
         if "://" not in os.fspath(path):
             opening.check_file(path)
-        elif not epath.Path(path).is_file():
+        elif not addresses.path(path).is_file():
             raise FileNotFoundError
     except FileNotFoundError:
         raise ConversionError(f"{path}: no such file") from None
@@ -91,7 +91,7 @@ def _upload(folder: pathlib.Path, target: epath.Path) -> None:
         if file.is_file():
             to = target / file.relative_to(folder).as_posix()
             to.parent.mkdir(parents=True, exist_ok=True)
-            epath.Path(file).copy(to, overwrite=True)
+            addresses.path(file).copy(to, overwrite=True)
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
     """
     check_file(path)
     try:
-        with local_copy(epath.Path(path)) as file:
+        with local_copy(addresses.path(path)) as file:
             return safetensors.numpy.load_file(file)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ConversionError(f"{path} is cut off or no safetensors ({error}): copy it again") from error
@@ -151,5 +151,5 @@ def local_copy(path: epath.Path) -> Iterator[pathlib.Path]:
 def sha256(path: epath.PathLike) -> str:
     """Of a file's content, in hexadecimal digits."""
     check_file(path)
-    with epath.Path(path).open("rb") as file:
+    with addresses.path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -28,6 +28,7 @@ from etils import epath
 from flax import traverse_util
 
 from coca_jax import config
+from coca_jax.data import addresses
 from coca_jax.data.images import Preprocessor, normalize
 from coca_jax.interop import folders
 from coca_jax.interop.weights import ConversionError, Weights
@@ -260,7 +261,7 @@ def write_manifest(
 
 def kind_of(folder: epath.PathLike) -> str:
     """`stablehlo` or `onnx` of a folder that holds such functions; else nothing."""
-    path = epath.Path(folder) / MANIFEST_FILE
+    path = addresses.path(folder) / MANIFEST_FILE
     kind = str(folders.read_json(path).get("format")) if path.is_file() else ""
     return kind.removeprefix("coca_jax/") if kind.startswith("coca_jax/") else ""
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from coca_jax.data import addresses
 from coca_jax.interop.folders import check_file, local_copy
 from coca_jax.interop.weights import ConversionError
 
@@ -26,7 +27,7 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
     Raises:
       ConversionError: PyTorch is not installed; the file is missing, damaged, or holds anything but weights.
     """
-    path = epath.Path(path)
+    path = addresses.path(path)
     check_file(path)
     try:
         torch: Any = importlib.import_module("torch")

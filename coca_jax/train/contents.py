@@ -10,7 +10,7 @@ from absl import logging
 from etils import epath
 
 from coca_jax.config import ConfigError
-from coca_jax.data import classes, side_files
+from coca_jax.data import addresses, classes, side_files
 from coca_jax.data.records import DataError
 from coca_jax.data.sources import Source, content
 from coca_jax.data.sources.base import digest
@@ -176,7 +176,7 @@ def own_labels(
         except (DataError, OSError) as error:
             problem = f"{path} is damaged ({' '.join(str(error).split())})"
     if own and wanted in ("", of_labels(own)):
-        if named and epath.Path(named).is_file() and (given := classes.read(named)) != own:
+        if named and addresses.path(named).is_file() and (given := classes.read(named)) != own:
             said = f"config.data.classes={named!r} has other classes ({len(given)}) than {path} ({len(own)})"
             if not accept:
                 raise ConfigError(

@@ -22,7 +22,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter, directory_check
 
 from coca_jax import chips
-from coca_jax.data import side_files
+from coca_jax.data import addresses, side_files
 
 METRICS_FILE = "metrics.jsonl"
 _HELD_LINES = 100_000  # while they cannot be written; then the oldest go
@@ -137,7 +137,7 @@ class _Board:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         try:
             if self._events is None:
-                side_files.make_room(epath.Path(self._folder), folder=True)
+                side_files.make_room(addresses.path(self._folder), folder=True)
                 directory_check(self._folder)
                 self._files += 1
                 name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{self._files}"

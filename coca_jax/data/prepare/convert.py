@@ -88,9 +88,7 @@ def convert(
       DataError: the source cannot be opened or is damaged, the folder holds something else, or cannot be written.
     """
     addresses.check(out)
-    folder = epath.Path(os.fspath(out)).expanduser()
-    if "://" not in os.fspath(folder):
-        folder = epath.Path(os.path.abspath(folder))
+    folder = addresses.absolute(out)
     for named in (os.fspath(folder), name, tokenizer):
         check_writable(named)
     plan = make(
@@ -130,7 +128,7 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       DataError: no manifest, or a file that is missing or differs.
     """
-    path = epath.Path(folder)
+    path = addresses.path(folder)
     manifest = _read_json(path / MANIFEST)
     if manifest is None or manifest.get("format") != FORMAT:
         raise DataError(f"{path}: no converted data set: python -m coca_jax.data.prepare convert --out={path}")
@@ -152,7 +150,7 @@ def _read_json(path: epath.Path) -> dict[str, Any] | None:
 
 def _begin(plan: Plan) -> None:
     """Makes the folder, or sees that what lies in it is of the same conversion."""
-    folder = epath.Path(plan.out)
+    folder = addresses.path(plan.out)
     try:
         if folder.exists() and not folder.is_dir():
             raise DataError(f"{folder} is a file: name a folder by --out")
@@ -219,7 +217,7 @@ def _too_many(plan: Plan, max_bad: float) -> DataError:
 
 def _finish(plan: Plan, max_bad: float, progress: bool) -> dict[str, Any]:
     """Puts the notes of all shards together; the manifest comes last."""
-    folder = epath.Path(plan.out)
+    folder = addresses.path(plan.out)
     statistics = Statistics()
     described: dict[str, dict[str, Any]] = {}
     for shard, part in _parts(plan):

@@ -13,7 +13,6 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import tqdm
-from etils import epath
 
 from coca_jax.data import addresses, images
 from coca_jax.data.prepare import page
@@ -150,6 +149,6 @@ def contact_sheet(examples: Sequence[Record], file: str | os.PathLike[str]) -> N
     out = io.BytesIO()
     sheet.save(out, "JPEG", quality=90)
     try:
-        epath.Path(file).write_bytes(out.getvalue())
+        addresses.path(file).write_bytes(out.getvalue())
     except Exception as error:  # of buckets, of many kinds
         raise DataError(f"{file} cannot be written: {one_line(error)}; name another file") from error

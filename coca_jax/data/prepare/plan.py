@@ -14,7 +14,7 @@ from typing import Any
 import grain
 from etils import epath
 
-from coca_jax.data import records
+from coca_jax.data import addresses, records
 from coca_jax.data.mixture import Mixture
 from coca_jax.data.prepare.checking import check
 from coca_jax.data.prepare.inputs import is_sequential, open_inputs
@@ -77,7 +77,7 @@ class Plan:
     @property
     def work(self) -> epath.Path:
         """Folder of what is needed until the end."""
-        return epath.Path(self.out) / WORK
+        return addresses.path(self.out) / WORK
 
     def stem(self, shard: int) -> str:
         """Name of a shard without its ending."""
@@ -85,7 +85,7 @@ class Plan:
 
     def path(self, shard: int) -> epath.Path:
         """File of a shard in the end."""
-        return epath.Path(self.out) / f"{self.stem(shard)}.array_record"
+        return addresses.path(self.out) / f"{self.stem(shard)}.array_record"
 
     def staged(self, shard: int) -> epath.Path:
         """File of a shard until all are there: nobody shall read a part of the set for the whole.

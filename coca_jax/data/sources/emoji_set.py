@@ -7,9 +7,7 @@ import importlib.resources
 import json
 import os
 
-from etils import epath
-
-from coca_jax.data import emoji
+from coca_jax.data import addresses, emoji
 from coca_jax.data.records import DataError
 from coca_jax.data.sources.array_record import ArrayRecords
 from coca_jax.data.sources.base import Spec
@@ -19,7 +17,7 @@ def open_emoji(spec: Spec) -> ArrayRecords:
     """See `open_source`."""
     spec.check(("template", "templates"), ("template",))
     manifest = emoji.prepare()
-    folder = epath.Path(emoji.default_folder())
+    folder = addresses.path(emoji.default_folder())
     if spec.location not in manifest["splits"]:
         raise DataError(f"emoji:{spec.location}: no such split; there are {', '.join(manifest['splits'])}")
     part = manifest["splits"][spec.location]

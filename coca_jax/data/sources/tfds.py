@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex
 
 from etils import epath
 
-from coca_jax.data import label_names, opening
+from coca_jax.data import addresses, label_names, opening
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import content, files, prompts
 from coca_jax.data.sources.base import CAPTION_NAMES, IMAGE_NAMES, LABEL_NAMES, Spec, choose, digest, one_line
@@ -110,16 +110,22 @@ class Tfds:
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds  # costs a second, and is needed here alone
+        from tensorflow_datasets.core import naming
         from tensorflow_datasets.core.utils import file_utils
 
         spec = self._spec
         how = f"tfds.builder({spec.location!r}).download_and_prepare(file_format='array_record')"
-        _check_classes(file_utils.list_data_dirs(spec.get("data_dir") or None), spec)
+        # Not as text, in which TFDS would look for patterns.
+        data_dir = addresses.absolute(spec.get("data_dir")) if spec.get("data_dir") else None
         # With a version, any will do, TFDS looks at prepared files before it looks for the set's code, which may be
         # registered nowhere here, or need TensorFlow.
         name = spec.location if ":" in spec.location else f"{spec.location}:*.*.*"
         try:
-            builder = tfds.builder(name, data_dir=spec.get("data_dir") or None)
+            folder = naming.parse_builder_name_kwargs(name)[0].name  # `Mine` is read from `mine`
+            _check_classes([addresses.path(top) / folder for top in file_utils.list_data_dirs(data_dir)], spec)
+            builder = tfds.builder(name, data_dir=data_dir)
+        except DataError:
+            raise
         except Exception as error:  # whatever a builder's own code raises
             raise DataError(f"{spec.text}: no such set: {_first_line(error)}; prepare it by {how}") from error
         splits = list(builder.info.splits)
@@ -185,15 +191,14 @@ class Tfds:
             self.class_names = label_names.class_names_of(self._labels) or None
 
 
-def _check_classes(folders: Iterable[epath.PathLike], spec: Spec) -> None:
+def _check_classes(folders: Iterable[epath.Path], spec: Spec) -> None:
     """Raises DataError where a set names Python classes that are not TFDS's own: it would import their modules.
 
     A set's features.json names the class of every feature, and what is imported runs: a module of that name in the
     current folder, which may be the set's, too.
     """
     for folder in folders:
-        top = epath.Path(folder) / spec.location.partition(":")[0].partition("/")[0]
-        for file in (*top.glob("*/features.json"), *top.glob("*/*/features.json")):
+        for file in _feature_files(folder, 2):
             try:
                 foreign = next(
                     (name for name in _classes(json.loads(opening.read(file))) if not _CLASS.match(name)), ""
@@ -205,6 +210,14 @@ def _check_classes(folders: Iterable[epath.PathLike], spec: Spec) -> None:
                     f"{spec.text}: {file} asks for the Python class {foreign[:200]!r}, which is not one of TFDS's own "
                     "and is not run: prepare the set with tfds.features alone"
                 )
+
+
+def _feature_files(folder: epath.Path, depth: int) -> Iterator[epath.Path]:
+    """Every features.json in a folder and so many below it, hidden ones too. No name is taken for a pattern."""
+    if (file := folder / "features.json").exists():
+        yield file
+    for inner in sorted(folder.iterdir()) if depth and folder.is_dir() else ():
+        yield from _feature_files(inner, depth - 1)
 
 
 def _classes(values: Any) -> Iterator[str]:

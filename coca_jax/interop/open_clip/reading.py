@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from coca_jax import config
+from coca_jax.data import addresses
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.interop import folders, tokenizer_json, torch_files
 from coca_jax.interop.open_clip import extras
@@ -58,7 +59,7 @@ def read(path: epath.PathLike, *, tokenizer: epath.PathLike | None = None, name:
         not fit the others; every reason is listed.
       DataError: the tokenizer cannot be read.
     """
-    path = epath.Path(path)
+    path = addresses.path(path)
     file = _weights_file(path) if path.is_dir() else path
     folder: epath.Path | None = path if path.is_dir() else path.parent
     described: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from coca_jax import config
+from coca_jax.data import addresses
 from coca_jax.data.tokenizer import Tokenizer
 from coca_jax.data.vocabulary import ClipMerges
 from coca_jax.interop import folders, tokenizer_json
@@ -62,7 +63,7 @@ def write(weights: Weights, folder: epath.PathLike, *, overwrite: bool = False) 
         described = _write_tokenizer(weights.tokenizer, new)
         if "tokenizer.json" in {file.name for file in new.iterdir()}:
             # Any name makes open_clip open the directory's own.
-            values["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = epath.Path(folder).name or "tokenizer"
+            values["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = addresses.path(folder).name or "tokenizer"
         folders.write_tensors(new / reading.WEIGHTS_FILE, tensors, {"format": "pt"})
         section = extras.section(new, weights, import_parameters(tensors, model), tensors)
         folders.write_json(new / reading.CONFIG_FILE, values | {extras.SECTION: section | described})

@@ -7,6 +7,7 @@ import os
 from etils import epath
 
 from coca_jax.data import addresses
+from coca_jax.data.addresses import absolute
 from coca_jax.data.records import DataError
 
 CONFIG_FILE = "config.json"
@@ -16,12 +17,6 @@ FOLDER = "checkpoints"
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used or made. The message names the folder, the leaf and the fix."""
-
-
-def absolute(workdir: epath.PathLike) -> epath.Path:
-    """The path of a workdir as Orbax needs it: from the root of a file system, or a bucket's."""
-    text = os.fspath(workdir)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
 
 
 def reachable(workdir: epath.PathLike) -> epath.Path:

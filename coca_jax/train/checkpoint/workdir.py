@@ -11,7 +11,7 @@ from etils import epath
 
 from coca_jax import config
 from coca_jax.config import ConfigError
-from coca_jax.data import side_files
+from coca_jax.data import addresses, side_files
 from coca_jax.data.mixture import read_spec
 from coca_jax.distributed import gather, is_first
 from coca_jax.train import optimizer
@@ -86,7 +86,7 @@ def read_config(workdir: epath.PathLike) -> config.Config:
     Raises:
       CheckpointError: the folder is not a workdir, or its config.json is damaged or of another version.
     """
-    path = epath.Path(workdir) / CONFIG_FILE
+    path = addresses.path(workdir) / CONFIG_FILE
     try:
         values = side_files.read_json(path)
     except side_files.Unreadable as error:

@@ -172,3 +172,28 @@ def test_the_built_in_set_as_a_set_of_tfds(emoji_cache, tmp_path, run_python):
     iterator.close()
     owners = [mixture.locate(int(i))[0] for batch in batches for i in batch["index"]]
     assert abs(sum(owners) - 32) <= 2 and not any(batch["problem"].any() for batch in batches)
+
+
+@pytest.mark.parametrize(
+    "name", ["sets_1", "sets [1]", "sets*", "set?", "{a,b}", "sets [!x]", "gs:", "~", "$HOME", "%41"]
+)
+def test_a_folder_is_read_and_checked_whatever_its_name(tfds_folder, tmp_path, monkeypatch, name):
+    """Where the folder's name is taken for a pattern, the check sees no file, and TFDS imports what the set names."""
+    folder = tmp_path / name
+    shutil.copytree(tfds_folder / "labelled", folder / "labelled")
+    monkeypatch.chdir(tmp_path)
+    place = f"./{name}".replace("%", "%25")
+    assert len(open_source(f"tfds:labelled?split=train&data_dir={place}")) == 20
+    (tmp_path / "beside.py").write_text("open('ran', 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    (features,) = folder.glob("labelled/*/features.json")
+    text = features.read_text()
+    for version in (features.parent, folder / "labelled" / "hidden~" / "1.0.0", folder / "labelled" / ".b" / "1.0.0"):
+        if version != features.parent:
+            shutil.copytree(features.parent, version)
+        (version / "features.json").write_text(json.dumps({"pythonClassName": "beside.Feature", "featuresDict": {}}))
+        for location in ("labelled", "Labelled", "labelled/.b:1.0.0", "labelled:1.0.0"):
+            with pytest.raises(DataError, match=r"asks for the Python class 'beside\.Feature'"):
+                open_source(f"tfds:{location}?split=train&data_dir={place}")
+        (version / "features.json").write_text(text)
+    assert not (tmp_path / "ran").exists()
