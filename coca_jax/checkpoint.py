@@ -44,12 +44,12 @@ def main(argv: list[str]) -> None:
 def _folder(name: str, *, verify: bool, step: int | None = None) -> int:
     """Prints what there is to say of a workdir, of one step or of all; how many things are wrong."""
     with commandline.starting():
-        from coca_jax.train.checkpoint import CheckpointError, reachable
+        from coca_jax.train.checkpoint import CheckpointError, workdir_at
         from coca_jax.train.checkpoint.folder import Folder
         from coca_jax.train.checkpoint.paths import FOLDER
 
     try:
-        path = reachable(name)
+        path = workdir_at(name)
     except CheckpointError as error:
         print(error)
         return 1

@@ -18,6 +18,7 @@ from coca_jax import config
 
 # Not the name alone: a clone is called coca_jax too, and its .venv, with all libraries, lies inside.
 _PACKAGE = os.path.join(os.path.dirname(__file__), "")
+_ORBAX = os.sep + os.path.join("orbax", "checkpoint", "")
 _INTERRUPTED = 130  # as a shell has it of what Ctrl-C has ended
 _PARTS = "--help=model.image lists a section, --help=peak_lr a key"
 _KEYS = {field.name for field in dataclasses.fields(config.Config)}
@@ -97,10 +98,16 @@ def printable() -> None:
 
 
 def quiet() -> None:
-    """The libraries' notes to themselves are not for the person at the terminal; their errors are."""
+    """The libraries' notes to themselves are not for the person at the terminal; their errors are.
+
+    But for Orbax's: what it prints pages of is said by who has called it (train/checkpoint), in a line.
+    """
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(
-        lambda record: record.levelno >= std_logging.ERROR or record.pathname.startswith(_PACKAGE)
+        lambda record: (
+            record.pathname.startswith(_PACKAGE)
+            or (record.levelno >= std_logging.ERROR and _ORBAX not in record.pathname)
+        )
     )
 
 

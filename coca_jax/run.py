@@ -67,7 +67,7 @@ def run(
         distributed.initialize(processes, timeout, heartbeat)
         with stopping.Stopping(c.checkpoint.grace) as stop:
             config.check(c, jax.device_count(), slice_count=sharding.slice_count(), platform=jax.default_backend())
-            return _run(c, checkpoint.reachable(workdir), evaluate_only, profile_steps, started, stop, beating)
+            return _run(c, checkpoint.workdir_at(workdir), evaluate_only, profile_steps, started, stop, beating)
     except stopping.Stopped as stopped:
         _say(stopped)
         return stopping.EXIT_STOPPED

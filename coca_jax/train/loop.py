@@ -21,7 +21,7 @@ from coca_jax.train import contents, init
 from coca_jax.train import optimizer as optimizers
 from coca_jax.train import state as states
 from coca_jax.train.bookkeeping import Bookkeeping, Dispatched, Due, Evaluator
-from coca_jax.train.checkpoint import Checkpoints
+from coca_jax.train.checkpoint import Checkpoints, rehearse
 from coca_jax.train.profile import Profile, Steps
 from coca_jax.train.snapshot import Snapshots
 from coca_jax.train.state import TrainState
@@ -69,6 +69,7 @@ def train(
       ConfigError: the tokenizer does not fit the model, or nothing would be trained.
       DataError: more of the examples than `c.data.max_bad` cannot be used.
       Diverged: too many updates had to be left out, or the state is not finite; nothing is saved from then on.
+      CheckpointError: the workdir cannot hold checkpoints, or the last state could not be saved.
       Stopped: on SIGTERM or SIGINT, after saving.
     """
     tokenizer.check(c.model.text)
@@ -81,6 +82,7 @@ def train(
         Checkpoints(workdir, c.checkpoint, c.evaluate.best) as checkpoints,
         contextlib.ExitStack() as opened,
     ):
+        rehearse(workdir, mesh)
         abstract = states.abstract(c, optimizer, mesh)
         restored = checkpoints.restore(abstract, same)
         state, place = restored or (states.real(c, optimizer, mesh), {"position": 0})

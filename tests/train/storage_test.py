@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import pytest
 from etils import epath
 
-from coca_jax import run
+from coca_jax import config, run, sharding
 from coca_jax.train import loop
-from coca_jax.train.checkpoint import CheckpointError, Checkpoints, manifest, store, verify
+from coca_jax.train.checkpoint import CheckpointError, Checkpoints, manifest, rehearse, store, verify
 from coca_jax.train.metrics import Writer, read_lines
 from tests import pairs
 from tests.train.verified_test import KEEP, at, fresh, restore  # noqa: F401  (a fixture)
@@ -128,11 +129,12 @@ def test_a_save_that_fails_is_said_and_made_up_for(
                 save(checkpoints, at(fresh, step))
                 until(functools.partial(checkpoints.due, step))
                 assert f"step {step} is NOT saved (" in caplog.text
-            with pytest.raises(CheckpointError, match=r"step 4 could not be saved in .*make room.*start again"):
+            with pytest.raises(CheckpointError, match=r"step 4 could not be saved in .*start again") as raised:
                 save(checkpoints, at(fresh, 4))
                 checkpoints.wait(patience=1.5)
         finally:
             mend()
+        assert "make room" not in str(raised.value) and "\n" not in str(raised.value)
         assert whole_steps(workdir) == [1]
         save(checkpoints, at(fresh, 5))
         checkpoints.wait()
@@ -141,6 +143,63 @@ def test_a_save_that_fails_is_said_and_made_up_for(
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"1", "5"}  # nothing half-written is left
     found = restore(workdir, fresh)
     assert found and int(found[0].step) == 5
+
+
+def test_a_full_disk_is_said_to_be_full(
+    small_disk: pathlib.Path,
+    fresh: Any,  # noqa: F811
+) -> None:
+    with Checkpoints(small_disk, KEEP) as checkpoints:
+        filler = fill(small_disk)
+        save(checkpoints, at(fresh, 1))
+        with pytest.raises(CheckpointError, match=r"No space left on device.*: make room, and start again"):
+            checkpoints.wait(patience=0)
+        filler.unlink()
+
+
+MESH = sharding.make_mesh(config.mesh_shape(config.Mesh(), jax.device_count()))
+
+
+def read_only(workdir: pathlib.Path) -> Callable[[], Any]:
+    subprocess.run(["mount", "-o", "remount,ro", str(workdir.parent)], check=True)
+    return lambda: subprocess.run(["mount", "-o", "remount,rw", str(workdir.parent)], check=True)
+
+
+def full(workdir: pathlib.Path) -> Callable[[], Any]:
+    return fill(workdir.parent).unlink
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (replaced, r"(Not a directory|File exists).*: put that right, or use another --workdir$"),
+        (read_only, r"Read-only file system.*: make it writable, or use another --workdir$"),
+        (full, r"No space left on device.*: make room, or use another --workdir$"),
+    ],
+)
+def test_a_run_whose_first_save_cannot_succeed_says_so_before_it_trains(
+    fault: Callable[[pathlib.Path], Callable[[], Any]],
+    said: str,
+    small_disk: pathlib.Path,
+    fresh: Any,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    workdir = small_disk / "run"
+    with Checkpoints(workdir, KEEP) as checkpoints:  # of a run that goes on
+        save(checkpoints, at(fresh, 1))
+        checkpoints.wait()
+    mend = fault(workdir)
+    try:
+        with pytest.raises(CheckpointError, match=said) as raised:
+            rehearse(workdir, MESH)
+        assert f"--workdir={workdir} cannot hold checkpoints" in str(raised.value) and "\n" not in str(raised.value)
+        assert not [record for record in caplog.records if "coca_jax" in record.pathname]  # once is enough
+    finally:
+        mend()
+    rehearse(workdir, MESH)
+    assert os.listdir(workdir / "checkpoints") == ["1"]  # nothing is left
+    assert whole_steps(workdir) == [1]
 
 
 def test_what_failed_saves_leave_late_is_removed_after_the_next_good_one(

@@ -2,6 +2,7 @@
 
 paths.py     where things are, and CheckpointError
 store.py     Checkpoints: save, restore, fall back, keep
+rehearsal.py a small checkpoint before training begins
 digest.py    digests of arrays that do not depend on the mesh
 manifest.py  what is in a step, and whether it still is
 verify.py    reads a step back
@@ -11,7 +12,15 @@ lock.py      one run in a workdir
 """
 
 from coca_jax.train.checkpoint.lock import Lock, Locked
-from coca_jax.train.checkpoint.paths import CONFIG_FILE, TOKENIZER_FILE, CheckpointError, absolute, reachable
+from coca_jax.train.checkpoint.paths import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    CheckpointError,
+    absolute,
+    reachable,
+    workdir_at,
+)
+from coca_jax.train.checkpoint.rehearsal import rehearse
 from coca_jax.train.checkpoint.store import Checkpoints
 from coca_jax.train.checkpoint.workdir import check_config, keep_config, read_config, saved_place
 
@@ -27,5 +36,7 @@ __all__ = [
     "keep_config",
     "reachable",
     "read_config",
+    "rehearse",
     "saved_place",
+    "workdir_at",
 ]

@@ -15,7 +15,7 @@ from coca_jax.data import side_files
 from coca_jax.train.checkpoint import manifest
 from coca_jax.train.checkpoint.paths import is_bucket, one_line
 
-_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names that Orbax gives
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the names that Orbax gives
 ASIDE = ".quarantined"  # and in those of damaged steps
 REASON = "reason.txt"
 EVALUATION = "evaluation.json"  # in a step that was saved before its evaluation was made
@@ -50,15 +50,13 @@ class Folder:
 
     def begin(self) -> None:
         """Makes the folder, and removes what killed saves have left. What goes wrong is met again when saving."""
-        try:
+        with contextlib.suppress(OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             for path in self.path.iterdir():
-                if _UNFINISHED in path.name:
+                if UNFINISHED in path.name:
                     path.rmtree()
                 elif path.name.isdecimal() and int(path.name) not in self.all():
                     path.rmtree()  # in a bucket: a step without its marker
-        except OSError as error:
-            logging.warning("%s: %s", self.path, one_line(error))
 
     def prepare(self, step: int) -> tuple[bool, str]:
         """Sees that a step can be written.
@@ -66,7 +64,7 @@ class Folder:
         Returns:
           Whether it is there already; and what is wrong, or nothing.
         """
-        probe = self.path / f"probe-{uuid.uuid4().hex[:8]}{_UNFINISHED}"
+        probe = self.path / f"probe-{uuid.uuid4().hex[:8]}{UNFINISHED}"
         try:
             if step in self.all():
                 return True, ""
@@ -168,7 +166,7 @@ class Folder:
 
 def _unfinished_step(path: epath.Path) -> int | None:
     """Of which step this is an unfinished folder; None where it is of none."""
-    number, unfinished, _ = path.name.partition(_UNFINISHED)
+    number, unfinished, _ = path.name.partition(UNFINISHED)
     return int(number) if unfinished and number.isdecimal() else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from etils import epath
@@ -19,17 +20,49 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used or made. The message names the folder, the leaf and the fix."""
 
 
-def reachable(workdir: epath.PathLike) -> epath.Path:
+def reachable(path: epath.PathLike) -> epath.Path:
     """`absolute` of a path that was named by a user.
 
     Raises:
       CheckpointError: it is an address that is not read here, or needs a package that is not installed.
     """
     try:
-        addresses.check(workdir)
+        addresses.check(path)
     except DataError as error:
         raise CheckpointError(str(error)) from error
-    return absolute(workdir)
+    return absolute(path)
+
+
+def workdir_at(path: epath.PathLike) -> epath.Path:
+    """`reachable` of a workdir, where checkpoints can be read and written.
+
+    Raises:
+      CheckpointError: as `reachable`; or the libraries for checkpoints would take it for another path, write there, and
+        find nothing where it is.
+    """
+    found = reachable(path)
+    if not is_bucket(found) and (odd := _mistaken(os.fspath(found))):
+        raise CheckpointError(
+            f"the workdir {os.fspath(found)} has {odd}, which TensorStore and Orbax take for another path: rename it, "
+            "or use another --workdir"
+        )
+    return found
+
+
+def _mistaken(path: str) -> str:
+    """What there is in a path that TensorStore or Orbax changes; empty where they take it as it is."""
+    if not path.isascii() and any("\ud800" <= char <= "\udfff" for char in path):
+        return "a name that is not UTF-8"
+    return next((f"{odd} in it" for odd in ("\\", "gs:/") if odd in path + "/"), "")
+
+
+def remedy(problem: str) -> str:
+    """What helps where a file could not be written, by what the system has said of it."""
+    if any(os.strerror(code) in problem for code in (errno.ENOSPC, errno.EDQUOT)):
+        return "make room"
+    if any(os.strerror(code) in problem for code in (errno.EACCES, errno.EPERM, errno.EROFS)):
+        return "make it writable"
+    return "put that right"
 
 
 def is_bucket(path: epath.Path) -> bool:
@@ -38,6 +71,7 @@ def is_bucket(path: epath.Path) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line, not longer than a reader would follow."""
+    """What an error says, on one line, not longer than a reader would follow; what the system has said ends it."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    text = text.partition(" [tensorstore_spec=")[0].partition(" [source locations=")[0]
+    return text if len(text) <= 300 else f"{text[:147]}...{text[-150:]}"

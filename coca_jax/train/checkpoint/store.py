@@ -19,7 +19,7 @@ from coca_jax.distributed import gather, is_first
 from coca_jax.train.checkpoint import digest, manifest, read, tree, verify
 from coca_jax.train.checkpoint.folder import Folder
 from coca_jax.train.checkpoint.manifest import Leaf
-from coca_jax.train.checkpoint.paths import FOLDER, CheckpointError, absolute, one_line
+from coca_jax.train.checkpoint.paths import FOLDER, CheckpointError, one_line, remedy, workdir_at
 from coca_jax.train.state import Parameters, TrainState
 
 # Seconds.
@@ -70,8 +70,11 @@ class Checkpoints:
           workdir: local path or bucket.
           c: how many to keep; None opens the folder for reading alone: nothing in it is changed.
           best: name of the metric that keep_best goes by; less is better for losses and ranks.
+
+        Raises:
+          CheckpointError: see `workdir_at`.
         """
-        self.folder = absolute(workdir) / FOLDER
+        self.folder = workdir_at(workdir) / FOLDER
         self._steps = Folder(self.folder, c, best)
         self._writes = c is not None
         self._save: _Save | None = None  # in flight
@@ -125,14 +128,17 @@ class Checkpoints:
             self._steps.was_evaluated(step, {k: float(v) for k, v in metrics.items()})
 
     def _start(self, state: TrainState, content: dict[str, Any], metrics: dict[str, float] | None) -> None:
-        step = int(state.step)
         self._settle(PATIENCE)
         self._last = (state, content, metrics)  # whose arrays live until the next step takes them
+        self._write(int(state.step), tree.raw_key(state), content, metrics)
+
+    def _write(
+        self, step: int, tree_: dict[str, Any], content: dict[str, Any], metrics: dict[str, float] | None = None
+    ) -> None:
         if self._save:
             seconds = time.monotonic() - self._save.started
             self._failed(step, f"step {self._save.step} is still being written after {seconds:.0f} s")
             return
-        tree_ = tree.raw_key(state)
         here: dict[str, Any] = {"sums": digest.of_process(tree_), "saved": False, "problem": ""}
         if is_first():
             here["saved"], here["problem"] = self._steps.prepare(step)
@@ -228,10 +234,14 @@ class Checkpoints:
         wait = min(FIRST_RETRY * 2 ** (times - 1), LAST_RETRY)
         self._failure = _Failure(step, problem, times, time.monotonic() + wait)
         if is_first():
-            logging.warning(
-                "step %d is NOT saved (%s); the newest checkpoint is %s; trying again in %.0f s",
-                *(step, problem, self._newest(), wait),
-            )
+            self._say_failure(wait)
+
+    def _say_failure(self, wait: float) -> None:
+        assert self._failure
+        logging.warning(
+            "step %d is NOT saved (%s); the newest checkpoint is %s; trying again in %.0f s",
+            *(self._failure.step, self._failure.problem, self._newest(), wait),
+        )
 
     def due(self, step: int) -> bool:
         """Whether to save after this step though none is planned: the one before has failed, and a while has passed.
@@ -264,10 +274,12 @@ class Checkpoints:
                 break
             going_on = gather(time.monotonic() + pause < deadline)[0] and not self._save
             if not going_on or self._last is None or _is_gone(self._last[0]):
+                problem, newest = self._failure.problem, self._newest()
+                then = f"the run goes on from its newest checkpoint ({newest})"
+                then = "no checkpoint is seen there now" if newest == "none" else then
                 raise CheckpointError(
-                    f"step {self._failure.step} could not be saved in {self.folder} within {patience:g} s "
-                    f"({self._failure.problem}): make room or make it writable, and start again: the run goes on from "
-                    f"its newest checkpoint ({self._newest()})"
+                    f"step {self._failure.step} could not be saved in {self.folder} within {patience:g} s ({problem}): "
+                    f"{remedy(problem)}, and start again: {then}"
                 )
             time.sleep(pause)
             pause = min(2 * pause, 15.0)
