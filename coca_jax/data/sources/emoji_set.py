@@ -10,14 +10,20 @@ import os
 from coca_jax.data import addresses, emoji
 from coca_jax.data.records import DataError
 from coca_jax.data.sources.array_record import ArrayRecords
-from coca_jax.data.sources.base import Spec
+from coca_jax.data.sources.base import Spec, one_line
 
 
 def open_emoji(spec: Spec) -> ArrayRecords:
     """See `open_source`."""
     spec.check(("template", "templates"), ("template",))
-    manifest = emoji.prepare()
     folder = addresses.path(emoji.default_folder())
+    try:
+        manifest = emoji.prepare()
+    except OSError as error:
+        raise DataError(
+            f"{spec.text}: cannot be prepared in {folder}: {one_line(error)}; set COCA_JAX_CACHE to a folder that can "
+            "be written"
+        ) from error
     if spec.location not in manifest["splits"]:
         raise DataError(f"emoji:{spec.location}: no such split; there are {', '.join(manifest['splits'])}")
     part = manifest["splits"][spec.location]
