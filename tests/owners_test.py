@@ -95,7 +95,7 @@ def test_a_user_without_a_name_and_a_home_works(tmp_path: pathlib.Path, fresh: A
     env = {name: value for name, value in os.environ.items() if name not in without}
     root = pathlib.Path(program.__file__).parent.parent
     for folder in (tmp_path, *tmp_path.parents):  # pytest's are its user's alone
-        if folder.stat().st_mode & 0o001 == 0 and folder.name:
+        if not folder.stat().st_mode & 0o001:
             folder.chmod(folder.stat().st_mode | 0o055)
     done = subprocess.run(
         [*AS_UNKNOWN, sys.executable, "-c", textwrap.dedent(code)],
