@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 
 from coca_jax import commandline
+from coca_jax.config import printing
 
 COMMANDS = ("list", "verify")
 
@@ -98,7 +99,7 @@ def _reason(folder: Any) -> str:
     from coca_jax.train.checkpoint.folder import REASON
 
     try:
-        return ": " + " ".join((folder / REASON).read_text().split())
+        return ": " + printing.one_line((folder / REASON).read_text())
     except OSError:
         return ""
 

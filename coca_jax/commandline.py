@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging as std_logging
 import os
@@ -15,10 +16,12 @@ from collections.abc import Callable, Iterator
 from absl import app, flags, logging
 
 from coca_jax import config
+from coca_jax.config import printing
 
 # Not the name alone: a clone is called coca_jax too, and its .venv, with all libraries, lies inside.
 _PACKAGE = os.path.join(os.path.dirname(__file__), "")
 _ORBAX = os.sep + os.path.join("orbax", "checkpoint", "")
+_CURSOR_UP = "\x1b[A"
 _INTERRUPTED = 130  # as a shell has it of what Ctrl-C has ended
 _PARTS = "--help=model.image lists a section, --help=peak_lr a key"
 _KEYS = {field.name for field in dataclasses.fields(config.Config)}
@@ -91,10 +94,22 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def printable() -> None:
-    """What a terminal has no letters for (a caption, a file's name) is printed escaped, and ends no program."""
+    """What a terminal has no letters for (a caption, a file's name) is printed escaped, and ends no program.
+
+    Nor does it obey what came with data: whatever is printed, by whom ever, goes through `printing.escaped`.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            if stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
+            stream.write = functools.partial(_write, type(stream).write, stream)  # type: ignore[method-assign]
+
+
+def _write(write: Callable[[io.TextIOWrapper, str], int], stream: io.TextIOWrapper, text: str) -> int:
+    if not text.replace(_CURSOR_UP, ""):  # tqdm's, alone, between two bars
+        return write(stream, text)
+    start = text[:1] if text.startswith("\r") else ""  # with which a bar is drawn again
+    return write(stream, start + printing.escaped(text[len(start) :], lines=True))
 
 
 def quiet() -> None:
@@ -117,6 +132,6 @@ def _one_line(error: BaseException) -> str:
     while cause is not None:
         for frame in traceback.extract_tb(cause.__traceback__):
             if frame.name == "get_config":
-                return f"{frame.filename}:{frame.lineno}: {type(cause).__name__}: {' '.join(str(cause).split())}"
+                return f"{frame.filename}:{frame.lineno}: {type(cause).__name__}: {printing.one_line(str(cause))}"
         cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())
+    return printing.one_line(error)

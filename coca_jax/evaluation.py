@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from coca_jax import commandline, config, distributed, evaluator, sharding, stored
-from coca_jax.config import ConfigError
+from coca_jax.config import ConfigError, printing
 from coca_jax.data import side_files
 from coca_jax.data.images import Preprocessor
 from coca_jax.data.readers import ReaderLost
@@ -68,7 +68,7 @@ def run(
         return distributed.EXIT_LOST
     # ValueError: what cannot be measured, such as a source without labels.
     except (ConfigError, CheckpointError, ConversionError, distributed.DistributedError, ValueError, OSError) as error:
-        return distributed.leave(f"error: {' '.join(str(error).split())}")
+        return distributed.leave(f"error: {printing.one_line(error)}")
     except Exception as error:
         if distributed.lost(error):
             distributed.wait_for_verdict(error, distributed.HEARTBEAT)

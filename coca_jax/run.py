@@ -17,6 +17,7 @@ from etils import epath
 from coca_jax import commandline, config, distributed, peers, sharding, start, supervise
 from coca_jax.config import ConfigError
 from coca_jax.data import classes, preview, sources
+from coca_jax.data.addresses import remedy
 from coca_jax.data.classes import Task
 from coca_jax.data.mixture import Mixture, open_mixture
 from coca_jax.data.readers import ReaderLost
@@ -166,7 +167,8 @@ def _run(
             report.write(workdir, c, results, parameters=parameters, seconds=seconds, attribution=source.attribution)
         except OSError as error:
             done = "the figures are those above" if evaluate_only else "the model is trained and saved"
-            return f"error: the report cannot be written ({error}); {done}: make room, and start again to write it"
+            fix = f"{remedy(str(error))}, and start again to write it"
+            return f"error: the report cannot be written ({error}); {done}: {fix}"
         print(f"report: {page}")
     return 0
 

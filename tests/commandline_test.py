@@ -15,6 +15,7 @@ import pytest
 from absl import logging as absl_logging
 
 from coca_jax import commandline
+from coca_jax.config import printing
 from tests import conftest, pairs
 
 
@@ -101,6 +102,7 @@ def test_ctrl_c_that_is_ignored_stays_ignored_and_is_heard_again_afterwards(run_
     program = """
         import os, signal, sys
         from coca_jax import commandline
+from coca_jax.config import printing
 
         for handler in (signal.SIG_IGN, signal.default_int_handler):
             signal.signal(signal.SIGINT, handler)
@@ -116,3 +118,38 @@ def test_ctrl_c_that_is_ignored_stays_ignored_and_is_heard_again_afterwards(run_
     """
     done = run_python(program, devices=1, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_what_came_with_data_is_printed_escaped_by_whoever_prints_it(run_python: Callable[..., Any]) -> None:
+    """Written to a terminal as they are, such texts set its title, hide lines or show a name backwards."""
+    done = run_python(
+        """
+        import sys
+        from absl import logging
+        import tqdm
+        from coca_jax import commandline
+        commandline.printable()
+        commandline.printable()  # once more changes nothing
+        text = "a\\x1b]0;title\\x07 \\x9b31m \\u202egpj.exe \\u200b \\ufeff x\\ry \\x7f"
+        print(text)
+        logging.error("%s", text)
+        for _ in tqdm.tqdm(range(1), desc=text):
+            tqdm.tqdm.write(text)
+        print("caf\u00e9 \u0928\u094d\u200d \U0001f469\u200d\U0001f467\tb")
+        sys.exit("error: " + text)
+        """,
+        devices=1,
+        check=False,
+    )
+    assert done.returncode == 1
+    controls = {char for char in done.stdout + done.stderr if printing.escaped(char, lines=True) != char}
+    assert controls <= {"\r"}, controls  # with which a bar is drawn again
+    for printed in (done.stdout, done.stderr):
+        assert r"a\u001b]0;title\u0007 \u009b31m \u202egpj.exe \u200b \ufeff x\u000dy \u007f" in printed
+    assert "caf\u00e9 \u0928\u094d\u200d \U0001f469\u200d\U0001f467\tb\n" in done.stdout
+
+
+def test_a_text_is_one_line_whatever_is_in_it() -> None:
+    assert printing.one_line("a\n b\x1b[2J\u2028c\udce9") == r"a b\u001b[2J c\udce9"
+    assert printing.one_line(ValueError()) == "ValueError"
+    assert printing.escaped("back\\slash \u4e2d") == "back\\slash \u4e2d"

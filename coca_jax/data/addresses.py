@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import importlib.util
 import os
@@ -73,3 +74,12 @@ def check(path: epath.PathLike) -> None:
         raise DataError(
             f"{text}: nothing is read from {scheme}:// or written to it: name a path on a disk, gs:// or s3://"
         ) from error
+
+
+def remedy(problem: str) -> str:
+    """What helps where a file could not be written, by what the system has said of it."""
+    if any(os.strerror(code) in problem for code in (errno.ENOSPC, errno.EDQUOT)):
+        return "make room"
+    if any(os.strerror(code) in problem for code in (errno.EACCES, errno.EPERM, errno.EROFS)):
+        return "make it writable"
+    return "put that right"

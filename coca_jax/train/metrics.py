@@ -22,6 +22,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter, directory_check
 
 from coca_jax import chips
+from coca_jax.config import printing
 from coca_jax.data import addresses, side_files
 
 METRICS_FILE = "metrics.jsonl"
@@ -116,7 +117,7 @@ class _Attempts:
         except Exception as error:  # OSError, and what libraries for buckets raise
             self._pause = min(max(2 * self._pause, 1.0), 300.0)
             self._retry_at = time.monotonic() + self._pause
-            logging.warning("%s cannot be written (%s): the run goes on", self._what, " ".join(str(error).split()))
+            logging.warning("%s cannot be written (%s): the run goes on", self._what, printing.one_line(error))
         else:
             if self._pause:
                 logging.warning("%s is written again", self._what)

@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from coca_jax.data.addresses import remedy
 from coca_jax.data.records import DataError
 from coca_jax.data.sources.base import one_line
 from coca_jax.data.sources.files import is_remote
@@ -52,7 +53,8 @@ def whole(path: epath.Path, work: epath.Path) -> Iterator[Path]:
             os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is ArrayRecord's
         raise DataError(
-            f"{path} cannot be written: {one_line(error)}; make room and run the command again, or name another --out"
+            f"{path} cannot be written: {one_line(error)}; {remedy(str(error))} and run the command again, or name "
+            "another --out"
         ) from error
     finally:
         if temporary is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from coca_jax.config import printing
 from coca_jax.data.records import REASONS
 
 _WIDTH = 24  # of the first column
@@ -65,7 +66,7 @@ def converted(folder: object, manifest: Mapping[str, Any]) -> str:
     if double["number"]:
         keys = ", ".join(map(repr, double["examples"][:3]))
         lines += ["", f"{_many(double['number'], 'key')} of a record before, e.g. {keys}; both are kept"]
-    lines += ["", f"read it as array_record:{folder}/*.array_record"]
+    lines += ["", f"read it as array_record:{glob.escape(str(folder))}/*.array_record"]
     if settings["vocab_size"]:
         lines.append(f"with data.tokenizer={folder}/tokenizer.model, {manifest['vocab_size']} pieces")
     return "\n".join(lines)
@@ -81,9 +82,8 @@ def bytes_text(size: float) -> str:
 
 
 def one_line(text: str, limit: int = 200) -> str:
-    """A text out of the data, which may hold anything, for a terminal: on one line and without control characters."""
-    plain = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
-    return plain if len(plain) <= limit else plain[: limit - 1] + "…"
+    """A text out of the data, which may hold anything, for a terminal."""
+    return printing.one_line(text, limit)
 
 
 def _many(count: int, what: str) -> str:

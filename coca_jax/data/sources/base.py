@@ -13,6 +13,7 @@ from typing import Protocol, SupportsIndex
 
 from etils import epath
 
+from coca_jax.config import printing
 from coca_jax.data import opening
 from coca_jax.data.records import DataError, Record
 
@@ -183,4 +184,4 @@ def texts(value: object) -> tuple[str, ...]:
 
 def one_line(error: BaseException) -> str:
     """What an error of another library says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return printing.one_line(error)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 
 from etils import epath
 
+from coca_jax.config import printing
 from coca_jax.data import addresses
 from coca_jax.data.addresses import absolute
 from coca_jax.data.records import DataError
@@ -43,8 +43,8 @@ def workdir_at(path: epath.PathLike) -> epath.Path:
     found = reachable(path)
     if not is_bucket(found) and (odd := _mistaken(os.fspath(found))):
         raise CheckpointError(
-            f"the workdir {os.fspath(found)} has {odd}, which TensorStore and Orbax take for another path: rename it, "
-            "or use another --workdir"
+            f"the workdir {printing.escaped(os.fspath(found))} has {odd}, which TensorStore and Orbax take "
+            "for another path: rename it, or use another --workdir"
         )
     return found
 
@@ -56,15 +56,6 @@ def _mistaken(path: str) -> str:
     return next((f"{odd} in it" for odd in ("\\", "gs:/") if odd in path + "/"), "")
 
 
-def remedy(problem: str) -> str:
-    """What helps where a file could not be written, by what the system has said of it."""
-    if any(os.strerror(code) in problem for code in (errno.ENOSPC, errno.EDQUOT)):
-        return "make room"
-    if any(os.strerror(code) in problem for code in (errno.EACCES, errno.EPERM, errno.EROFS)):
-        return "make it writable"
-    return "put that right"
-
-
 def is_bucket(path: epath.Path) -> bool:
     """Whether a path is of an object store, where nothing is renamed in one go."""
     return "://" in os.fspath(path)
@@ -72,6 +63,6 @@ def is_bucket(path: epath.Path) -> bool:
 
 def one_line(error: BaseException) -> str:
     """What an error says, on one line, not longer than a reader would follow; what the system has said ends it."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printing.one_line(error)
     text = text.partition(" [tensorstore_spec=")[0].partition(" [source locations=")[0]
     return text if len(text) <= 300 else f"{text[:147]}...{text[-150:]}"

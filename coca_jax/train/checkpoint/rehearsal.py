@@ -11,9 +11,10 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from coca_jax import config
+from coca_jax.data.addresses import absolute, remedy
 from coca_jax.distributed import gather, is_first
 from coca_jax.train.checkpoint.folder import UNFINISHED
-from coca_jax.train.checkpoint.paths import FOLDER, CheckpointError, absolute, one_line, remedy
+from coca_jax.train.checkpoint.paths import FOLDER, CheckpointError, one_line
 from coca_jax.train.checkpoint.store import GIVE_UP, Checkpoints
 
 

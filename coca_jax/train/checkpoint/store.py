@@ -15,11 +15,12 @@ from absl import logging
 from etils import epath
 
 from coca_jax import config, peers
+from coca_jax.data.addresses import remedy
 from coca_jax.distributed import gather, is_first
 from coca_jax.train.checkpoint import digest, manifest, read, tree, verify
 from coca_jax.train.checkpoint.folder import Folder
 from coca_jax.train.checkpoint.manifest import Leaf
-from coca_jax.train.checkpoint.paths import FOLDER, CheckpointError, one_line, remedy, workdir_at
+from coca_jax.train.checkpoint.paths import FOLDER, CheckpointError, one_line, workdir_at
 from coca_jax.train.state import Parameters, TrainState
 
 # Seconds.
