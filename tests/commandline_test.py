@@ -102,7 +102,6 @@ def test_ctrl_c_that_is_ignored_stays_ignored_and_is_heard_again_afterwards(run_
     program = """
         import os, signal, sys
         from coca_jax import commandline
-from coca_jax.config import printing
 
         for handler in (signal.SIG_IGN, signal.default_int_handler):
             signal.signal(signal.SIGINT, handler)

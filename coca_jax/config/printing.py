@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 
-# What a terminal obeys, or what hides or reorders the text around it: C0 and C1 controls, bidirectional controls,
-# characters of no width, tags, halves of surrogate pairs (bytes of a name that is not UTF-8). The zero-width joiners
-# stay: Persian, Hindi and emoji are written with them.
-_CONTROLS = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
-)
-_CONTROLS_OF_A_LINE = re.compile(_CONTROLS.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
+_JOINERS = "\u200c\u200d"  # with which Persian, Hindi and emoji are written
 
 
 def escaped(text: str, *, lines: bool = False) -> str:
-    r"""The text with every control character as Python and JSON write it, \u001b and the like.
+    r"""The text with what a terminal obeys, or what hides or reorders the text around it, written as \u001b.
+
+    These are control characters (C0, C1), bidirectional ones, those without a width, halves of surrogate pairs (bytes
+    of a name that is not UTF-8) and whatever else Unicode does not call printable, but for spaces, joiners and emoji
+    that are younger than this Python's Unicode.
 
     Args:
       text: anything.
       lines: line ends and tabs stay as they are.
     """
-    pattern = _CONTROLS_OF_A_LINE if lines else _CONTROLS
-    return text if text.isascii() and text.isprintable() else pattern.sub(_escape, text)
+    if text.isprintable():
+        return text
+    return "".join(char if _is_harmless(char) or (lines and char in "\n\t") else _escape(char) for char in text)
 
 
 def one_line(text: object, limit: int = 0) -> str:
@@ -33,6 +31,14 @@ def one_line(text: object, limit: int = 0) -> str:
     return plain if not limit or len(plain) <= limit else plain[: limit - 1] + "…"
 
 
-def _escape(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+def _is_harmless(char: str) -> bool:
+    return (
+        char.isprintable()
+        or char in _JOINERS
+        or unicodedata.category(char) == "Zs"
+        or (unicodedata.category(char) == "Cn" and 0x1F000 <= ord(char) < 0x20000)
+    )
+
+
+def _escape(char: str) -> str:
+    return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}"
