@@ -50,7 +50,7 @@ class Writer:
           start_step: that the run goes on after.
           evaluated: False where its evaluation is made again: what was written of it is dropped.
         """
-        self._path, self._start_step, self._evaluated = workdir / METRICS_FILE, start_step, evaluated
+        self._path, self._start_step, self._evaluated = addresses.path(workdir) / METRICS_FILE, start_step, evaluated
         self._writes = jax.process_index() == 0
         self._lines: collections.deque[str] = collections.deque(maxlen=_HELD_LINES)
         self._begun = False

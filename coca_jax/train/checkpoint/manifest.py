@@ -15,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from coca_jax.data import addresses
 from coca_jax.train.checkpoint import digest
 from coca_jax.train.checkpoint.paths import is_bucket
 
@@ -108,7 +109,7 @@ def check_files(folder: epath.Path, manifest: Manifest, *, whole: bool) -> Itera
         if not (folder / name).exists():
             yield f"{folder / name} is missing"
     for name, file in manifest.files.items():
-        path = folder / name
+        path = addresses.path(folder) / name
         try:
             size = path.stat().length
             if size != file.bytes:
@@ -130,7 +131,7 @@ def lost(path: epath.Path, error: OSError) -> str:
 
 def files_of(folder: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
     """Every file under a folder: its path from there, with slashes, and its path."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted(addresses.path(folder).iterdir()):
         if path.is_dir():
             yield from files_of(path, f"{prefix}{path.name}/")
         else:
