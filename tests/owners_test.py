@@ -65,9 +65,9 @@ def test_what_unknown_people_wrote_is_listed_verified_and_loaded(
 
 
 def test_prepared_data_of_unknown_people_is_verified(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "images" / "red").mkdir(parents=True)
-    for number, example in enumerate(pairs.examples()[:3]):
-        (tmp_path / "images" / "red" / f"{number}.png").write_bytes(pairs.png(pairs.picture(*example)))
+    for color, shape in pairs.examples()[:6]:
+        (tmp_path / "images" / color).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / color / f"{shape}.png").write_bytes(pairs.png(pairs.picture(color, shape)))
     give_away(tmp_path)
     made = prepare.convert(f"folder:{tmp_path}/images", tmp_path / "out", workers=1)
     give_away(tmp_path)
@@ -108,6 +108,6 @@ def test_a_user_without_a_name_and_a_home_works(tmp_path: pathlib.Path, fresh: A
     if "ermission denied" in done.stderr and sys.executable in done.stderr:
         pytest.skip(f"NOT RUN: another user cannot start {sys.executable}")
     assert done.returncode == 0, done.stderr
-    folder, verified = done.stdout.splitlines()
+    kept, verified = done.stdout.splitlines()
     assert verified.endswith("verified") and "Traceback" not in done.stderr
-    assert not os.path.exists(folder)  # one of the process's own, gone with it
+    assert not os.path.exists(kept)  # one of the process's own, gone with it
