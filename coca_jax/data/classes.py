@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from coca_jax import config
-from coca_jax.data import addresses, opening
+from coca_jax.data import opening
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import Source
 
