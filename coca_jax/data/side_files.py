@@ -17,6 +17,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from coca_jax.config import printing
 from coca_jax.data import opening
 from coca_jax.data.records import DataError
 from coca_jax.data.sources.files import is_remote
@@ -59,7 +60,7 @@ def read_json(path: epath.Path) -> Any:
     try:
         return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise Unreadable(f"{path} is damaged ({_one_line(error)})") from error
+        raise Unreadable(f"{path} is damaged ({printing.one_line(error, 200)})") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,9 +249,5 @@ def _opened(path: epath.Path) -> Iterator[Any]:
         if error.errno == errno.ELOOP:
             raise Unreadable(f"{path} is a link that leads to itself") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
-            raise Refused(f"{path} cannot be read ({_one_line(error)})") from error
+            raise Refused(f"{path} cannot be read ({printing.one_line(error, 200)})") from error
         raise
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
