@@ -6,12 +6,19 @@ import re
 from collections.abc import Iterable
 
 # A number in front that only sorts the classes: `001.Black_footed_Albatross`, `00_cat`, `n02085620-Chihuahua`.
-_ORDINAL = re.compile(r"(?:\d+\.\s*|0\d*[-_ ]\s*|n\d{8}[-_ ]\s*)(?=.*[^\W\d_])")
+_ORDINAL = re.compile(r"(?:\d+[.)]\s*|0\d*[-_ ]\s*|n\d{8}[-_ ]\s*)(?=.*[^\W\d_])")
 _CAMEL = re.compile(r"[A-Z]?[a-z]{2,}(?:[A-Z][a-z]{2,})+")
 _WORDNET = re.compile(r"n\d{8}")
-_NUMBERED = re.compile(r"(?:class|label|category|cls|cluster|id)[-_. ]*\d+", re.IGNORECASE)
+_NUMBERED = re.compile(
+    r"(?:class|label|category|cls|cluster|id|batch|part|chunk|shard|folder|dir|subset|split|group|fold|images?|imgs?"
+    r"|pictures?|photos?|data|frames?)[-_. ]*\d+",
+    re.IGNORECASE,
+)
+_CAMERA = re.compile(r"[1-9]\d\d[A-Z\d_]{5}")  # 100APPLE, 101MSDCF: the folders of a camera's card
 _HEXADECIMAL = re.compile(r"(?:0x)?(?=[a-f]*\d)[0-9a-f]{8,}", re.IGNORECASE)
-_NO_NAMES = frozenset(("true", "false", "none", "null", "nan", "na", "n/a", "unknown", "unlabeled", "unlabelled"))
+_NO_NAMES = frozenset(
+    ("true", "false", "none", "null", "nan", "na", "n/a", "unknown", "unlabeled", "unlabelled", "yes", "no")
+)
 
 
 def name_of(label: str) -> str:
@@ -23,7 +30,7 @@ def name_of(label: str) -> str:
     The case stays.
 
     No names are: numbers, dates, booleans, missing values (`nan`, `None`), WordNet ids, hexadecimal ids, and words
-    for a class with a number (`class_7`).
+    for a class or a part with a number (`class_7`, `batch_1`, a camera's `100APPLE`).
     """
     text = label.strip()
     text = text[match.end() :] if (match := _ORDINAL.match(text)) else text
@@ -59,7 +66,7 @@ def _is_name(text: str) -> bool:
     """Whether anyone could describe an image by it: it has a letter or a symbol, and is not an id or a value."""
     if text.lower() in _NO_NAMES or _looks_like_number(text):
         return False
-    if any(pattern.fullmatch(text) for pattern in (_WORDNET, _NUMBERED, _HEXADECIMAL)):
+    if any(pattern.fullmatch(text) for pattern in (_WORDNET, _NUMBERED, _HEXADECIMAL, _CAMERA)):
         return False
     return any(char.isalpha() or ord(char) >= 0x2190 for char in text)  # from arrows on: emoji are names
 

@@ -6,6 +6,7 @@ from coca_jax.data import label_names
 from coca_jax.data.prepare.page import one_line
 from coca_jax.data.records import BadExample, DataError, Record
 from coca_jax.data.sources import Source
+from coca_jax.data.sources.unlisted import worded
 from coca_jax.data.tokenizer import Tokenizer
 
 _COUNT = 5
@@ -36,10 +37,10 @@ def preview(source: Source, tokenizer: Tokenizer, length: int) -> list[str]:
     """Lines with the captions of five records, evenly over the source, as the model will read them.
 
     Raises:
-      DataError: their labels are no names, and they have no other captions.
+      DataError: their labels are no names, and they have no other captions; or no caption has a word.
     """
     count = min(_COUNT, len(source))
-    lines, problems = [], []
+    lines, problems, wordless = [], [], []
     for index in (number * len(source) // count for number in range(count)):
         try:
             record = source[index]
@@ -49,6 +50,14 @@ def preview(source: Source, tokenizer: Tokenizer, length: int) -> list[str]:
             continue
         if not any(map(str.strip, record.captions)) and label_names.needs_name(record.label):
             problems.append(f"{source.name}: {label_names.no_name(record.label)}")
+        elif record.captions and not worded(record.captions):
+            wordless.append(record.captions[0])
     if problems and len(problems) == count:
         raise DataError(problems[0])
+    if len(wordless) == count and any(not text.strip().isdigit() for text in wordless):  # house numbers may be meant
+        raise DataError(
+            f"{source.name}: its captions hold no words, e.g. {one_line(wordless[0], 40)!r}: are they labels, file "
+            "names or annotations of objects? Name what holds captions by ?caption=, or labels by ?label= and "
+            "?classes=FILE"
+        )
     return lines

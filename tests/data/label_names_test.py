@@ -23,7 +23,13 @@ from coca_jax.evaluate import zero_shot
         *(("T-shirt/top", "T-shirt/top"), ("three-toed_sloth", "three-toed sloth"), ("_cat_", "cat")),
         ("001.Black_footed_Albatross", "Black footed Albatross"),  # CUB-200
         ("n02085620-Chihuahua", "Chihuahua"),  # Stanford Dogs
-        *(("00_cat", "cat"), ("7-eleven", "7-eleven"), ("737-MAX", "737-MAX"), ("3d printer", "3d printer")),
+        *(
+            ("00_cat", "cat"),
+            ("2) pear", "pear"),
+            ("7-eleven", "7-eleven"),
+            ("737-MAX", "737-MAX"),
+            ("3d printer", "3d printer"),
+        ),
         *(("ねこ", "ねこ"), ("бурый_медведь", "бурый медведь"), ("❤", "❤"), ("A", "A")),
     ],
 )
@@ -37,6 +43,7 @@ def test_a_label_has_the_name_that_people_would_write(label: str, name: str) -> 
     [
         *("0", "000", "7.0", "-1", "1e5", "2021-05-07", "12_34", "\uff11\uff12", "True", "FALSE", "nan", "None", ""),
         *("n01440764", "class_7", "Label 12", "cluster-3", "3f2a9c04d1", "0xdeadbeef01", "#4"),
+        *("batch_1", "part 2", "100APPLE", "yes", "No"),
     ],
 )
 def test_numbers_values_and_ids_are_no_names(label: str) -> None:

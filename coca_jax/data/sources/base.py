@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import hashlib
+import json
 import os
 import re
 import urllib.parse
@@ -43,7 +45,10 @@ CAPTION_NAMES = (
     *("sentence", "sentences", "raw", "comment", "description", "alt", "caption_text", "caption_str"),
 )
 # What is written in the place of a text that is missing.
-_MISSING = frozenset(("", "nan", "NaN", "None", "<NA>", "null", "NULL"))
+_MISSING = frozenset(("", "nan", "NaN", "None", "<NA>", "null", "NULL", "N/A", "n/a", "NA", "#N/A", "\\N"))
+# A list of texts as JSON, Python or NumPy print it: what is left of one in a CSV.
+_QUOTATION = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+_LIST = re.compile(rf"\[\s*{_QUOTATION}(?:[\s,]+{_QUOTATION})*[\s,]*\]", re.DOTALL)
 LABEL_NAMES = ("label", "class", "class_name", "category", "cls")
 
 
@@ -177,9 +182,28 @@ def digest(parts: Iterable[object]) -> str:
 
 
 def texts(value: object) -> tuple[str, ...]:
-    """The captions in a value that a text or a list of texts was expected in; whatever else it holds is left out."""
+    """The captions in a value that a text or a list of texts was expected in; whatever else it holds is left out.
+
+    A text that is a list of texts in print, `["one", "two"]`, is those.
+    """
     values = value if isinstance(value, list | tuple) else [value]
+    if (
+        len(values) == 1
+        and isinstance(text := values[0], str)
+        and text.lstrip()[:1] == "["
+        and _LIST.fullmatch(text.strip())
+    ):
+        values = [_unquoted(quoted) for quoted in re.findall(_QUOTATION, text, re.DOTALL)]
     return tuple(text for text in values if isinstance(text, str) and text.strip() not in _MISSING)
+
+
+def _unquoted(text: str) -> str:
+    """What a quotation says."""
+    try:
+        found = json.loads(text) if text[0] == '"' else ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a line's end in it, or an unknown escape
+        return text[1:-1]
+    return str(found)
 
 
 def one_line(error: BaseException) -> str:

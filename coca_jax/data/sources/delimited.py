@@ -141,6 +141,8 @@ def rows(
       found: is filled in.
     """
     lines = _Lines(opening.lines(utf8(parts)))
+    if (ahead := lines.peek(1)) and ahead[0] and re.fullmatch(r'"?sep=."?[,;\t|]*', ahead[0], re.IGNORECASE):
+        lines.take(1)  # Excel's, which the rows themselves tell
     sample = [line for line in lines.peek(_SAMPLE) if line and line.strip()]
     separator, header = _form(sample, default, known, exists, plain)
     if separator != default:

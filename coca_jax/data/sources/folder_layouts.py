@@ -12,7 +12,7 @@ from coca_jax.data.sources.base import READ_EXTENSIONS, Spec, digest
 from coca_jax.data.sources.entries import CAPTION_FILES, Entry, Layout
 from coca_jax.data.sources.listed import choose_table, find_tables, of_tables, split_of, without_split
 from coca_jax.data.sources.listing import Tree, count_text, folders_of, walk
-from coca_jax.data.sources.unlisted import find_sidecars, found_text, of_classes, of_sidecars
+from coca_jax.data.sources.unlisted import find_sidecars, found_text, of_classes, of_sidecars, other_files
 
 
 def find_layout(spec: Spec) -> Layout:
@@ -43,7 +43,7 @@ def find_layout(spec: Spec) -> Layout:
         layout = _of_splits(spec, tree, splits)
     else:
         layout = _of_tree(spec, tree)
-    return dataclasses.replace(layout, notes=(*layout.notes, *tree.notes))
+    return dataclasses.replace(layout, notes=(*layout.notes, *other_files(tree), *tree.notes))
 
 
 def _in_store(location: str) -> str:

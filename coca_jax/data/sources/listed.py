@@ -12,7 +12,7 @@ from coca_jax.data.records import BadExample, DataError
 from coca_jax.data.sources import files, tables
 from coca_jax.data.sources.base import Spec, digest
 from coca_jax.data.sources.entries import CAPTION_FILES, Entry, Layout
-from coca_jax.data.sources.listing import Tree, count_text
+from coca_jax.data.sources.listing import Tree, count_text, folders_of
 from coca_jax.data.sources.unlisted import find_sidecars, found_text, worded
 
 _SPLITS = {
@@ -20,12 +20,25 @@ _SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# Words that may stand beside a split in the name of its folder (`train_images`, `TestSet`); so may a letter (`trainA`).
+_BESIDE = frozenset(
+    ("set", "sets", "data", "dataset", "split", "subset", "image", "images", "img", "imgs", "pictures", "photos", "seg")
+)
 _CANDIDATES = 100  # files that may hold captions, of which the heads are looked at
 
 
-def split_of(name: str) -> str:
-    """train, validation or test, by the name of a folder or a file (`Train`, `val2017`); empty where it is another."""
-    return _SPLITS.get(re.sub(r"[-._ 0-9]+$", "", name).lower(), "")
+def split_of(name: str, *, file: bool = False) -> str:
+    """train, validation or test, by the name of a folder (`Train`, `val2017`, `test_images`); empty where it is none.
+
+    Args:
+      name: of a folder, or a word for a split.
+      file: it is a file's without its ending, where any words may stand beside the split (`captions_train2014`).
+    """
+    words = [word.lower() for word in re.findall(r"[A-Z]?[^\W\d_A-Z]+|[^\W\d_a-z]+(?![a-z])", name)]
+    found = [_SPLITS[word] for word in words if word in _SPLITS]
+    if len(found) != 1 or not (file or all(word in _BESIDE or word in _SPLITS or len(word) == 1 for word in words)):
+        return ""
+    return found[0]
 
 
 def without_split(spec: Spec) -> Spec:
@@ -69,7 +82,7 @@ def choose_table(spec: Spec, where: Tree, images: Tree) -> tuple[Spec, list[str]
     found = find_tables(spec, where, images)
     if len(found) < 2 or all(posixpath.basename(path) in CAPTION_FILES for path in found):
         return spec, found
-    splits = {path: split_of(posixpath.splitext(posixpath.basename(path))[0]) for path in found}
+    splits = {path: split_of(posixpath.splitext(posixpath.basename(path))[0], file=True) for path in found}
     if all(splits.values()):
         wanted = [split_of(name) for name in spec.fields("split") or ("train",)]
         if chosen := [path for path in found if splits[path] in wanted]:
@@ -128,7 +141,12 @@ class _Reader:
         table = tables.read_table(self._spec, path, lambda name: bool(self._tree.find(name, folder)))
         self._notes += [f"{posixpath.basename(path)}: {note}" for note in table.notes]
         self._size += files.look(path).size
+        tops = folders_of(self._tree.images)
+        # `train/a.jpg` and `test/b.jpg` of one file that does not speak of splits.
+        by_folder = len(tops) > 1 and all(map(split_of, tops)) and not any(row.split for row in table.rows)
         for row in table.rows:
+            if by_folder and row.images:
+                row = row._replace(split=self._tree.find(row.images[0], folder).rpartition("/")[0].partition("/")[0])
             self._splits.add(row.split)
             if not self._wanted or (split_of(row.split) or row.split) in self._wanted:
                 self._add(row, path, folder)

@@ -7,6 +7,7 @@ import functools
 import os
 import posixpath
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 
 from absl import logging
@@ -89,7 +90,7 @@ class Tree:
         """Paths by name and by name without ending, in lower case; None where several have it."""
         found: dict[str, str | None] = {}
         for path in self.images:
-            name = posixpath.basename(path).lower()
+            name = unicodedata.normalize("NFC", posixpath.basename(path).lower())
             for end in (name, posixpath.splitext(name)[0]):
                 found[end] = path if found.get(end, path) == path else None
         return found
@@ -98,8 +99,9 @@ class Tree:
         """The path of the file that data call `name`; empty where there is none.
 
         It is looked for from `folder` on, then from the root, then by its last part where one image alone has that,
-        in any case and with or without its ending. `\\` may stand for `/`, and `name#2` for `name` (Flickr8k). A path
-        from the root of the disk must lead into the folder, or its last part be that of an image in it.
+        in any case and form of Unicode, with or without its ending. `\\` may stand for `/`, and `name#2` for `name`
+        (Flickr8k). A path from the root of the disk must lead into the folder, or its last part be that of an image
+        in it.
         """
         if (path := f"{folder}/{name}" if folder else name) in self.sizes:
             return path
@@ -124,7 +126,7 @@ class Tree:
         parts = name.split("/")
         if ".." in parts and not name.startswith(".."):
             return ""
-        return self._by_end.get(parts[-1].lower()) or ""
+        return self._by_end.get(unicodedata.normalize("NFC", parts[-1].lower())) or ""
 
 
 def walk(root: str, where: str) -> Tree:

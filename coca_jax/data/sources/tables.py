@@ -218,6 +218,10 @@ def _json(path: str) -> Iterator[tuple[int, Any]]:
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
+        first = data.lstrip(b"\xef\xbb\xbf \r\n\t").partition(b"\n")[0]
+        if first[:1] == b"{" and first.rstrip()[-1:] == b"}":  # lines of JSON, whatever the file is called
+            yield from _json_lines(path)
+            return
         raise DataError(f"{path} is not JSON: {one_line(error)}") from error
     if isinstance(found, dict) and isinstance(found.get("images"), list):
         if isinstance(found.get("annotations"), list):

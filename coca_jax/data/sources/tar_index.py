@@ -194,6 +194,8 @@ def _reader(file: File) -> Iterator[tar_walk.Read]:
 def _rows(file: File) -> tuple[np.ndarray, str, int, Counts]:
     """The rows of all samples, what is wrong with the file, how many samples are whole, and what else was found."""
     samples, problem, ends = Samples(file.size), "", False
+    if not file.size:
+        raise DataError(f"{file.path} has no bytes: download it again, or leave it out")
     try:
         with _reader(file) as read:
             start = read(0, 8)
@@ -204,7 +206,7 @@ def _rows(file: File) -> tuple[np.ndarray, str, int, Counts]:
             try:
                 for member in tar_walk.walk(read, file.size, passed=samples.pass_over):
                     samples.add(member)
-                ends = not read(file.size - tar_walk.BLOCK, tar_walk.BLOCK).strip(b"\0")
+                ends = not read(max(0, file.size - tar_walk.BLOCK), tar_walk.BLOCK).strip(b"\0")
             except DamagedTar as error:
                 problem = str(error)
     except OSError as error:

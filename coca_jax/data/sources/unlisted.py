@@ -13,18 +13,42 @@ from coca_jax.data.sources.base import Spec, digest
 from coca_jax.data.sources.entries import CAPTION_FILES, SIDECARS, Entry, Layout
 from coca_jax.data.sources.listing import Tree, count_text, folders_of, is_image, shown
 
+_LOOKED = 20  # texts, evenly over all
+# Names of folders that say what kind of file lies in them, and nothing of what the images show. With one of the first
+# no folder is a class; the others may be names of classes.
+_FILES = frozenset(("image", "images", "img", "imgs", "jpg", "jpgs", "jpeg", "jpegs", "png", "pngs", "jpegimages"))
+_PARTS = frozenset(
+    (
+        *("masks", "mask", "labels", "label", "annotations", "segmentation", "segmentations", "gt", "edges", "depth"),
+        *("input", "inputs", "output", "outputs", "target", "targets", "source", "sources", "hr", "lr", "data"),
+        *("pictures", "photos", "pics", "thumbnails", "thumbs", "originals", "original", "raw"),
+    )
+)
+
 
 def worded(captions: Iterable[str]) -> bool:
-    """Whether a text is one that describes: neither a number nor a file's name."""
-    return any(label_names.name_of(t) and (" " in t or not is_image(re.sub(r"#\d+$", "", t))) for t in captions)
+    """Whether a text is one that describes: not a number, a file's name, or the numbers of an object in the image."""
+    return any(map(_is_worded, captions))
+
+
+def _is_worded(text: str) -> bool:
+    words = re.findall(r"[^\s,;]+", text)
+    numbers = sum(re.fullmatch(r"[-+]?[\d.]*\d[\d.]*(?:e[-+]?\d+)?", word) is not None for word in words)
+    if numbers >= 4 and 3 * numbers > 2 * len(words):  # a class or a word and its box: YOLO, KITTI, DOTA, ICDAR
+        return False
+    return bool(label_names.name_of(text)) and (" " in text or not is_image(re.sub(r"#\d+$", "", text)))
 
 
 def find_sidecars(tree: Tree) -> dict[str, str]:
-    """The text beside each image that has one."""
+    """The text beside each image that has one: `a.txt` or `a.jpg.txt` beside `a.jpg`, the ending in any case."""
+    names: dict[str, str] = {}
+    for path in tree.sizes:
+        stem, end = posixpath.splitext(path)
+        if (low := end.lower()) in SIDECARS and (end == low or stem + low not in names):
+            names[stem + low] = path
     found = {}
-    for path in tree.images:
-        stem = posixpath.splitext(path)[0]
-        if text := next((stem + end for end in SIDECARS if stem + end in tree.sizes), ""):
+    for path in tree.images if names else ():
+        if text := next((names[name + end] for name in _stems(path) for end in SIDECARS if name + end in names), ""):
             found[path] = text
     return found
 
@@ -35,7 +59,7 @@ def of_sidecars(spec: Spec, tree: Tree, beside: Mapping[str, str]) -> Layout:
     Raises:
       DataError: the first of the texts have no words.
     """
-    first = list(beside.values())[:5]
+    first = list(beside.values())[:: -(-len(beside) // _LOOKED)]
     if not any(_describes(tree, text, spec.text) for text in first):
         raise DataError(
             f"{spec.text}: the texts beside the images of {tree.root} hold no words, e.g. {first[0]}: are they "
@@ -48,12 +72,16 @@ def of_sidecars(spec: Spec, tree: Tree, beside: Mapping[str, str]) -> Layout:
     if without := [path for path in tree.images if path not in beside]:
         one, many = "image without a text beside it", "images without a text beside them"
         notes.append(f"{count_text(len(without), one, without, many)}: not read")
-    used = set(beside.values()) | {posixpath.splitext(path)[0] + end for path in beside for end in SIDECARS}
+    used = set(beside.values()) | {stem + end for path in beside for stem in _stems(path) for end in SIDECARS}
     if other := [path for path in tree.sizes if path.lower().endswith(SIDECARS) and path not in used]:
         one, many = "text without an image", "texts without an image"
         notes.append(f"{count_text(len(other), one, other, many)}: not read")
     sizes = (f"{path} {tree.sizes[path]} {text} {tree.sizes[text]}" for path, text in beside.items())
     return Layout(tree.root, entries, tuple(notes), digest(["texts", len(entries), *sizes]))
+
+
+def _stems(path: str) -> tuple[str, str]:
+    return posixpath.splitext(path)[0], path
 
 
 def _describes(tree: Tree, text: str, where: str) -> bool:
@@ -108,10 +136,14 @@ def _no_classes(spec: Spec, tree: Tree, tops: Sequence[str], outside: Sequence[s
     if spec.get("classes"):
         return ""
     if len(tops) == 1:
+        all_in = posixpath.commonpath([posixpath.dirname(path) for path in tree.images if "/" in path])
         return (
             f"lie in one folder, {tops[0]!r}, which is no class without another: {write}; or open "
-            f"folder:{tree.root.rstrip('/')}/{tops[0]}"
+            f"folder:{tree.root.rstrip('/')}/{all_in}"
         )
+    kinds = [re.sub(r"[\W\d_]+", "", top).lower() for top in tops]
+    if 2 * sum(kind in _FILES for kind in kinds) >= len(tops) or all(kind in _FILES | _PARTS for kind in kinds):
+        return f"lie in folders that are named for files and not for what they show, e.g. {shown(tops[0])!r}: {write}"
     if not any(map(label_names.name_of, tops)):
         known = "imagenet" if label_names.is_wordnet(tops[0]) else "FILE"
         fix = f"if they are classes name them by ?classes={known}; else {write}"
@@ -125,12 +157,20 @@ def _no_classes(spec: Spec, tree: Tree, tops: Sequence[str], outside: Sequence[s
     return ""
 
 
+def other_files(tree: Tree) -> tuple[str, ...]:
+    """A line on the files that are neither images nor texts: what looks like an image may be among them."""
+    ends = (*tables.ENDINGS, *SIDECARS)
+    others = [path for path in tree.sizes if path not in tree.images and not path.lower().endswith(ends)]
+    one, many = "file that is no image or text by its ending", "files that are no images or texts by their endings"
+    return (f"{count_text(len(others), one, others, many)}: not read",) if others else ()
+
+
 def found_text(tree: Tree) -> str:
     """What a folder holds, for who must say what it is."""
     texts = [path for path in tree.sizes if path.lower().endswith((*tables.ENDINGS, *SIDECARS))]
     folders = sorted({posixpath.dirname(path) for path in tree.sizes} - {""})
-    images = list(tree.images)
+    images, notes = list(tree.images), (*other_files(tree), *tree.notes)
     return (
         f"found {count_text(len(images), 'image', images)}, {count_text(len(folders), 'folder', folders)}, "
-        + "; ".join([count_text(len(texts), "file of text or data", texts, "files of text or data"), *tree.notes])
+        + "; ".join([count_text(len(texts), "file of text or data", texts, "files of text or data"), *notes])
     )

@@ -74,8 +74,19 @@ def test_texts_beside_images(tmp_path, ending: str, text: str) -> None:
 
 
 def test_annotations_of_objects_are_no_captions(tmp_path) -> None:
-    spec = write(tmp_path, {"a.jpg": "a", "a.txt": "0 0.5 0.5 0.1 0.1\n1 0.2 0.2 0.1 0.1\n"})
-    assert "hold no words, e.g. a.txt" in refusal(spec)
+    yolo, named = "0 0.5 0.5 0.1 0.1\n1 0.2 0.2 0.1 0.1\n", "car 0.5 0.5 0.1 0.1\n"
+    kitti = "Car 0.00 0 -1.57 387.63 181.54 423.81 203.12 1.5 1.6 4.4 -16.5 2.4 58.5 -1.6\n"
+    for text in (yolo, named, kitti, "1.0e+02,20,30,40,50,60,70,80,plane,0"):
+        assert "hold no words, e.g. a.txt" in refusal(write(tmp_path, {"a.jpg": "a", "a.txt": text}))
+    assert len(open_source(write(tmp_path, {"a.txt": "numbers 1, 2, 3 and 4 on a wall"}))) == 1
+
+
+def test_texts_are_found_by_other_endings_and_beside_empty_ones(tmp_path) -> None:
+    files = {"a.jpg": "i", "a.TXT": "one", "b.JPG": "i", "b.JPG.txt": "two", "c.png": "i", "c.Caption": "three"}
+    source = open_source(write(tmp_path / "a", files))
+    assert captions(source) == {"a.jpg": ("one",), "b.JPG": ("two",), "c.png": ("three",)}
+    files = {f"{n}.{end}": "a card" if n > 5 else "" for n in range(9) for end in ("jpg", "txt")}
+    assert len(open_source(write(tmp_path / "b", files))) == 9
 
 
 def _classes(*parts: str) -> dict[str, str]:
@@ -94,6 +105,31 @@ def test_folders_of_splits(tmp_path) -> None:
     assert len(open_source(f"{spec}?split=train,val")) == 8
     assert len({open_source(f"{spec}?split={name}").fingerprint() for name in ("train", "val", "test")}) == 3
     assert "no split 'dev2'" in (text := refusal(f"{spec}?split=dev2")) and "Val, test2017, train" in text
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train_images", "test_images"),
+        ("TrainSet", "TestSet"),
+        ("seg_train", "seg_test"),
+        ("images_train", "images_val"),
+    ],
+)
+def test_splits_are_told_by_a_word_of_their_folder(tmp_path, train: str, test: str) -> None:
+    spec = write(tmp_path / "x", _classes(f"{train}/cat", f"{train}/dog", f"{test}/cat"))
+    assert {key.partition("/")[0] for key in captions(open_source(spec))} == {train}
+    assert "have neither captions" in refusal(write(tmp_path / "y", _classes(train, test)))
+    assert "have neither captions" in refusal(write(tmp_path / "z", _classes("trainA", "trainB", "testA")))
+    source = open_source(write(tmp_path / "words", _classes("contest", "training shoes", "trainer")))
+    assert {source[i].label for i in range(len(source))} == {"contest", "training shoes", "trainer"}
+
+
+def test_one_file_for_folders_of_splits(tmp_path) -> None:
+    rows = "file_name,text\ntrain/a.jpg,one\ntrain/b.jpg,two\ntest/a.jpg,three\n"
+    spec = write(tmp_path, {**_classes("train", "test"), "metadata.csv": rows})
+    assert len(open_source(spec)) == 3 and "all splits are read (test, train)" in remarks(open_source(spec))
+    assert captions(open_source(f"{spec}?split=test")) == {"test/a.jpg": ("three",)}
 
 
 def test_a_train_among_other_classes_is_a_class(tmp_path) -> None:
@@ -171,7 +207,11 @@ def test_tables_that_are_splits(tmp_path) -> None:
     spec = write(tmp_path, {"a.jpg": "i", "b.jpg": "i", **files})
     assert captions(open_source(spec)) == {"a.jpg": ("train",)}
     assert captions(open_source(f"{spec}?split=test")) == {"b.jpg": ("test",)}
-    (tmp_path / "train.csv").rename(tmp_path / "one.csv")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").rename(tmp_path / f"captions_{split}2014.csv")
+    assert captions(open_source(f"{spec}?split=test")) == {"b.jpg": ("test",)}
+    (tmp_path / "captions_train2014.csv").rename(tmp_path / "one.csv")
+    (tmp_path / "captions_test2014.csv").rename(tmp_path / "test.csv")
     assert "say which, ?captions=one.csv" in refusal(spec)
 
 
@@ -184,6 +224,12 @@ def test_tables_that_are_splits(tmp_path) -> None:
         (("n01440764", "n01443537"), "name them by ?classes=imagenet"),
         (("pets/cat", "pets/dog", "wild/fox"), "folders within folders, e.g. 'pets/cat/a.jpg': which is the class?"),
         (("images/00", "images/01"), "lie in one folder, 'images'"),
+        (("set/data/cat", "set/data/dog"), "/set/data; found"),
+        (("images", "masks"), "named for files and not for what they show, e.g. 'images'"),
+        (("input", "target"), "named for files and not for what they show, e.g. 'input'"),
+        (("batch_1", "batch_2"), "whose names are no words, e.g. 'batch_1'"),
+        (("100APPLE", "101APPLE"), "whose names are no words, e.g. '100APPLE'"),
+        (("no", "yes"), "whose names are no words, e.g. 'no'"),
     ],
 )
 def test_what_looks_like_nothing_known_is_refused_with_what_was_found(tmp_path, folders, message: str) -> None:
@@ -200,6 +246,14 @@ def test_classes_that_are_counted_from_one_are_not_shifted(tmp_path) -> None:
     )
     (tmp_path / "names.json").write_text('{"1": "cat", "2": "dog", "3": "fox"}')
     assert open_source(f"{spec}?classes={tmp_path}/names.json")[0].captions == ("a photo of a cat.",)
+
+
+def test_files_of_other_kinds_are_counted(tmp_path) -> None:
+    source = open_source(
+        write(tmp_path, {**_classes("cat", "dog"), "cat/c.jpg?w=600": "i", "dog/d.jpg ": "i", "e": "i"})
+    )
+    said = "3 files that are no images or texts by their endings (cat/c.jpg?w=600, dog/d.jpg , e): not read"
+    assert len(source) == 4 and said in remarks(source)
 
 
 def test_names_that_are_no_files_are_counted(tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import time
+import unicodedata
 
 import pyarrow
 import pyarrow.parquet
@@ -50,6 +51,7 @@ THREE = {name: (f"a {name[0]}, card",) for name in NAMES}
         ("captions.csv", "img,sentence\r{0},\"a a, card\"\r{1},\"a b, card\"\r{2},\"a c, card\"\r", ""),
         ("captions.csv", "image,caption\n{0},a a, card\n{1},a b, card\n{2},a c, card\n", "3 rows with too many fields"),
         ("captions.csv", "image,caption,,\n{0},\"a a, card\",,\n{1},\"a b, card\",,\n{2},\"a c, card\",,\n", ""),
+        ("captions.csv", "sep=;\r\nimage;caption\n{0};a a, card\n{1};a b, card\n{2};a c, card\n", "semi"),  # Excel
         ("captions.csv", "image,caption\n.\\{0},\"a a, card\"\nC:\\x\\{1},\"a b, card\"\n/y/{2},\"a c, card\"\n", ""),
     ],
 )  # fmt: skip
@@ -155,6 +157,37 @@ def test_forms_of_json(folder: pathlib.Path, found: object) -> None:
     (folder / "texts.json").write_text(json.dumps(found))
     assert captions(open_source(f"folder:{folder}")) == TWO  # recognized by what it holds
     assert captions(open_source(f"folder:{folder}?captions=texts.json")) == TWO
+
+
+def test_lines_of_json_in_a_file_called_json(folder: pathlib.Path) -> None:
+    rows = [{"image": image, "caption": list(texts)} for image, texts in TWO.items()]
+    (folder / "captions.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert captions(open_source(f"folder:{folder}")) == TWO
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '"[""one"", ""two""]"',  # JSON: Flickr30k's flickr_annotations_30k.csv
+        "\"['one', 'two']\"",  # Python
+        "\"['one' 'two']\"",  # NumPy
+    ],
+)
+def test_a_list_of_captions_in_print_is_several_captions(folder: pathlib.Path, row: str) -> None:
+    (folder / "captions.csv").write_text(f"image,captions\na.jpg,{row}\nb.jpg,\"['three']\"\n")
+    assert captions(open_source(f"folder:{folder}")) == TWO
+    (folder / "captions.csv").write_text("image,caption\na.jpg,[one] and 'two'\nb.jpg,\"['three'], ['x']\"\n")
+    assert captions(open_source(f"folder:{folder}"))["a.jpg"] == ("[one] and 'two'",)  # brackets alone are text
+    assert captions(open_source(f"folder:{folder}"))["b.jpg"] == ("['three'], ['x']",)
+
+
+def test_names_in_the_other_form_of_unicode(folder: pathlib.Path) -> None:
+    (folder / unicodedata.normalize("NFD", "caf\u00e9.jpg")).write_bytes(b"i")  # as a Mac's archive has it
+    (folder / "captions.csv").write_text("image,caption\ncaf\u00e9.jpg,one\na.jpg,N/A\n")
+    source = open_source(f"folder:{folder}")
+    assert source[0].captions == ("one",)
+    with pytest.raises(BadExample, match="has no caption"):
+        source[1]
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,9 @@ def test_no_tar_files(tmp_path):
     with pytest.raises(DataError, match=r"text\.tar is no tar file"):
         open_source(f"webdataset:{tmp_path}/text.tar")
     (tmp_path / "a.tar").write_bytes(gzip.compress(tars.tar(tars.samples(0, 1))))
+    (tmp_path / "empty.tar").touch()
+    with pytest.raises(DataError, match=r"empty\.tar has no bytes: download it again"):
+        open_source(f"webdataset:{tmp_path}/empty.tar")
     with pytest.raises(DataError, match=r"a\.tar is packed with gzip.*unpack it"):
         open_source(f"webdataset:{tmp_path}/a.tar")
     tars.write(tmp_path / "empty.tar", [])
