@@ -21,6 +21,8 @@ _CAPTIONS = (*CAPTION_NAMES, "sentences", "sentence", "description", "raw")
 _LABELS = (*LABEL_NAMES, "labels", "fine_label", "coarse_label")
 _NUMBERED = re.compile(r"(?:captions?|texts?|sentences?)_?\d+", re.IGNORECASE)
 
+_NUMBER = re.compile(r"u?int|float|double|halffloat|bool|decimal")
+
 # A column, and the fields inside of it.
 Path = tuple[str, ...]
 
@@ -72,6 +74,11 @@ def choose_columns(spec: Spec, schema: Any, where: str) -> Columns:
             refused
             or f"{where}: no column of {'captions or labels' if image else 'pictures'}; there are {', '.join(there)}: "
             f"name them by {'' if image else '?image= and '}?caption={likely} (or ?label=)"
+        )
+    if _NUMBER.match(kind := str(_inside(types[image], ()))):
+        raise DataError(
+            f"{where}: the column {image!r} holds {kind}, which is no image: write the bytes of files (JPEG, PNG) "
+            "or their paths, or name another by ?image="
         )
     names = () if spec.get("classes") else names_of(schema, label)  # a file of names is by number
     return Columns(image, captions, label, names, tuple(remarks))

@@ -254,6 +254,10 @@ def read_settings(path: str, where: str) -> str:
         raise DataError(f"{where}: {path} cannot be read: {one_line(error)}") from error
 
 
+# How JPEG, PNG, GIF, WebP and data URLs begin as texts.
+_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "data:image/")
+
+
 def inside(root: str, relative: str, where: str, *, links: bool = True) -> str:
     """The path of a file under a folder, which names that came with data must not leave.
 
@@ -271,6 +275,8 @@ def inside(root: str, relative: str, where: str, *, links: bool = True) -> str:
         raise DataError(
             f"{where}: {relative[:200]!r} is an address: download the pictures first, e.g. with img2dataset"
         )
+    if len(relative) > 200 and relative.startswith(_BASE64):
+        raise DataError(f"{where}: {relative[:20]!r}... is an image in base64, which is not read: write its bytes")
     if relative.startswith(("/", "~")) or os.path.isabs(relative) or ".." in parts or "\0" in relative:
         raise DataError(f"{where}: {relative[:200]!r} leaves the folder {root}: write paths relative to it, without ..")
     path = f"{root.rstrip('/')}/{relative}" if root != "/" else f"/{relative}"

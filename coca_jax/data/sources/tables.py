@@ -35,6 +35,7 @@ _WHOLE = 4 << 30  # bytes of a JSON or Parquet file of captions, unpacked; COCO'
 _SEPARATED = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": ",", ".token": "\t", ".psv": "|"}
 ENDINGS = (*_SEPARATED, ".jsonl", ".ndjson", ".json", ".parquet")
 _NUMBERS = ("image_id", "img_id", "id", "key")  # with images where these are called by them
+_BLANK = b"\xef\xbb\xbf \t\r\n"  # before JSON
 SPLIT_NAMES = ("split", "subset", "partition")
 
 
@@ -161,6 +162,8 @@ def _row(line: int, row: Any, image: str, captions: Sequence[str], label: str, s
     if isinstance(row, tuple):
         return Row(line, problem=row)
     called, said = row.get(image), row.get(label)
+    if isinstance(said, list) or (isinstance(said, str) and said.startswith("[")):
+        said = labels[0] if len(labels := texts(said)) == 1 else labels
     if type(called) is str and (called := called.strip()) and len(captions) == 1 and not label and not split:
         return Row(line, (called,), _texts(row.get(captions[0])))
     if isinstance(called, dict):  # Hugging Face's image: {"bytes": None, "path": "a.jpg"}
@@ -174,6 +177,9 @@ def _row(line: int, row: Any, image: str, captions: Sequence[str], label: str, s
         return Row(line, problem=("unreadable", "the line names no picture"))
     found = tuple(text for column in captions for text in _texts(row.get(column)))
     text = str(said).strip() if isinstance(said, str | int) else ""
+    if isinstance(said, tuple) and len(said) > 1 and not found:
+        many = f"it has {len(said)} labels and no caption: name a column with one by ?label="
+        return Row(line, problem=("no_caption", many))
     return Row(line, images, found, text, split=str(row.get(split) or "").strip())
 
 
@@ -191,7 +197,13 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def _json_lines(path: str) -> Iterator[tuple[int, Any]]:
-    """Line number and fields of each line; (reason, what is wrong) in their place where it cannot be read."""
+    """Line number and fields of each line; (reason, what is wrong) in their place where it cannot be read.
+
+    A list of objects, whatever the file is called, is read as such.
+    """
+    if next(files.parts(path), b"").lstrip(_BLANK)[:1] == b"[":
+        yield from _json(path)
+        return
     for line, data in enumerate(opening.lines(delimited.utf8(files.parts(path))), 1):
         if data is None:
             yield line, ("unreadable", "the line is too long")
@@ -218,7 +230,7 @@ def _json(path: str) -> Iterator[tuple[int, Any]]:
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
-        first = data.lstrip(b"\xef\xbb\xbf \r\n\t").partition(b"\n")[0]
+        first = data.lstrip(_BLANK).partition(b"\n")[0]
         if first[:1] == b"{" and first.rstrip()[-1:] == b"}":  # lines of JSON, whatever the file is called
             yield from _json_lines(path)
             return

@@ -41,15 +41,15 @@ def _is_worded(text: str) -> bool:
 
 def find_sidecars(tree: Tree) -> dict[str, str]:
     """The text beside each image that has one: `a.txt` or `a.jpg.txt` beside `a.jpg`, the ending in any case."""
-    names: dict[str, str] = {}
-    for path in tree.sizes:
-        stem, end = posixpath.splitext(path)
-        if (low := end.lower()) in SIDECARS and (end == low or stem + low not in names):
-            names[stem + low] = path
+    texts = [path for path in tree.sizes if path.lower().endswith(SIDECARS)]
+    names = {stem + end.lower(): path for path in texts if not path.endswith(SIDECARS) for stem, end in [_cut(path)]}
+    names |= {path: path for path in texts if path.endswith(SIDECARS)}
     found = {}
     for path in tree.images if names else ():
-        if text := next((names[name + end] for name in _stems(path) for end in SIDECARS if name + end in names), ""):
-            found[path] = text
+        for beside in (name + end for name in _stems(path) for end in SIDECARS):
+            if beside in names:
+                found[path] = names[beside]
+                break
     return found
 
 
@@ -80,8 +80,13 @@ def of_sidecars(spec: Spec, tree: Tree, beside: Mapping[str, str]) -> Layout:
     return Layout(tree.root, entries, tuple(notes), digest(["texts", len(entries), *sizes]))
 
 
+def _cut(path: str) -> tuple[str, str]:
+    stem, _, end = path.rpartition(".")
+    return stem, f".{end}"
+
+
 def _stems(path: str) -> tuple[str, str]:
-    return posixpath.splitext(path)[0], path
+    return path.rpartition(".")[0], path
 
 
 def _describes(tree: Tree, text: str, where: str) -> bool:

@@ -195,6 +195,20 @@ def test_images_of_all_kinds_of_bytes(tmp_path: pathlib.Path, kind: pa.DataType)
     assert [record.image for record in read(opened)] == [b"a", b"b", b"c"]
 
 
+def test_pixels_and_base64_are_refused_by_what_they_are(tmp_path: pathlib.Path) -> None:
+    text = pa.array(["a", "b", "c"])
+    for pixels in ([[1, 2], [3], []], [[[0.5]], [], []], [1, 2, 3]):
+        with pytest.raises(DataError, match=r"the column 'image' holds (int64|double), which is no image"):
+            source(tmp_path, {"image": pixels, "text": text})
+    opened = source(tmp_path, {"image": ["/9j/" + "A" * 300, "iVBORw0KGgo" + "A" * 300, "a.jpg"], "text": text})
+    for index in (0, 1):
+        with pytest.raises(DataError, match="is an image in base64, which is not read: write its bytes") as error:
+            opened[index]
+        assert len(str(error.value)) < 300
+    with pytest.raises(BadExample, match=r"a\.jpg cannot be read"):
+        opened[2]
+
+
 def test_an_image_column_is_known_by_its_type(tmp_path: pathlib.Path) -> None:
     table = pa.table({"photo": IMAGES, "caption": TEXTS})
     pq.write_table(table, tmp_path / "0.parquet")

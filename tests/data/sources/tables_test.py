@@ -159,10 +159,26 @@ def test_forms_of_json(folder: pathlib.Path, found: object) -> None:
     assert captions(open_source(f"folder:{folder}?captions=texts.json")) == TWO
 
 
-def test_lines_of_json_in_a_file_called_json(folder: pathlib.Path) -> None:
+def test_json_by_its_content_and_not_by_its_name(folder: pathlib.Path) -> None:
     rows = [{"image": image, "caption": list(texts)} for image, texts in TWO.items()]
-    (folder / "captions.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert captions(open_source(f"folder:{folder}")) == TWO
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, text in (
+        ("json", lines),
+        ("jsonl", json.dumps(rows)),
+        ("jsonl", f"\ufeff\n{json.dumps(rows, indent=1)}"),
+    ):
+        path = folder / f"captions.{name}"
+        path.write_text(text)
+        assert captions(open_source(f"folder:{folder}")) == TWO
+        path.unlink()
+
+
+def test_several_labels_in_one_field_are_no_name(folder: pathlib.Path) -> None:
+    (folder / "captions.csv").write_text("image,label\na.jpg,\"['cat', 'dog']\"\nb.jpg,\"['red_fox']\"\n")
+    source = open_source(f"folder:{folder}")
+    with pytest.raises(BadExample, match=r"has 2 labels and no caption: name a column with one by \?label="):
+        source[0]
+    assert (source[1].label, source[1].captions) == ("red_fox", ("a photo of a red fox.",))
 
 
 @pytest.mark.parametrize(
