@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import hashlib
@@ -45,7 +44,7 @@ CAPTION_NAMES = (
     *("sentence", "sentences", "raw", "comment", "description", "alt", "caption_text", "caption_str"),
 )
 # What is written in the place of a text that is missing.
-_MISSING = frozenset(("", "nan", "NaN", "None", "<NA>", "null", "NULL", "N/A", "n/a", "NA", "#N/A", "\\N"))
+_MISSING = frozenset(("", "[]", "nan", "NaN", "None", "<NA>", "null", "NULL", "N/A", "n/a", "NA", "#N/A", "\\N"))
 # A list of texts as JSON, Python or NumPy print it: what is left of one in a CSV.
 _QUOTATION = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
 _LIST = re.compile(rf"\[\s*{_QUOTATION}(?:[\s,]+{_QUOTATION})*[\s,]*\]", re.DOTALL)
@@ -198,12 +197,14 @@ def texts(value: object) -> tuple[str, ...]:
 
 
 def _unquoted(text: str) -> str:
-    """What a quotation says."""
+    """What a quotation of JSON or Python says."""
+    inside = text[1:-1]
+    if text[0] == "'":
+        inside = inside.replace("\\'", "'").replace('"', '\\"')
     try:
-        found = json.loads(text) if text[0] == '"' else ast.literal_eval(text)
-    except (ValueError, SyntaxError):  # a line's end in it, or an unknown escape
-        return text[1:-1]
-    return str(found)
+        return str(json.loads('"' + re.sub(r"(?<!\\)\\x(?=[0-9a-f]{2})", r"\\u00", inside) + '"', strict=False))
+    except ValueError:
+        return inside
 
 
 def one_line(error: BaseException) -> str:

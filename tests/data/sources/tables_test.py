@@ -187,6 +187,7 @@ def test_several_labels_in_one_field_are_no_name(folder: pathlib.Path) -> None:
         '"[""one"", ""two""]"',  # JSON: Flickr30k's flickr_annotations_30k.csv
         "\"['one', 'two']\"",  # Python
         "\"['one' 'two']\"",  # NumPy
+        "\"['o\\x6ee', 'two', '']\"",
     ],
 )
 def test_a_list_of_captions_in_print_is_several_captions(folder: pathlib.Path, row: str) -> None:
