@@ -241,8 +241,11 @@ def _opened(path: epath.Path) -> Iterator[Any]:
         except (FileNotFoundError, NotADirectoryError):
             yield None
             return
-        except (opening.UnusableFile, IsADirectoryError) as error:
+        except IsADirectoryError as error:
             raise Unreadable(f"{path} is not a file") from error
+        except opening.UnusableFile as error:
+            what = str(error).removeprefix(f"{os.fspath(path)} is ").partition(": ")[0]
+            raise Unreadable(f"{path} is not a file but {what}") from error
         with file:
             yield file
     except OSError as error:
