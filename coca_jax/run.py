@@ -128,8 +128,7 @@ def _run(
         | {f"the fingerprint of {s.name}": s.fingerprint() for s in (source, *held_out.values())}
         | {"the version of jax": jax.__version__, "evaluation alone": evaluate_only}
     )
-    if not evaluate_only:
-        _preview(c, source, tokenizer, labels)
+    lines = [] if evaluate_only else _preview(c, source, tokenizer, labels)
     _begin(c, workdir, tokenizer, labels, None if evaluate_only else stop.held)
 
     sharding.warn_unsharded(abstract, mesh)
@@ -153,6 +152,8 @@ def _run(
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         results = evaluator.from_checkpoint()
     else:
+        if lines:
+            _say("\n".join(lines))
         begun.tell(workdir)
         state = loop.train(
             *(c, workdir, mesh, source, tokenizer, stop, evaluator, profile_steps, begun.params, labels, digests)
@@ -225,22 +226,21 @@ def _say(text: object) -> None:
         print(text)
 
 
-def _preview(c: config.Config, source: Mixture, tokenizer: Tokenizer, labels: tuple[str, ...]) -> None:
-    """Prints what the source says of its files, and some captions as the model will read them.
+def _preview(c: config.Config, source: Mixture, tokenizer: Tokenizer, labels: tuple[str, ...]) -> list[str]:
+    """Returns what the source says of its files, and some captions as the model will read them, for the first process.
 
     Raises:
       ConfigError: the captions are to be made of labels that are no names.
     """
-    problem = ""
+    problem, lines = "", list[str]()
     if distributed.is_first():
         try:
             lines = preview.preview(source, tokenizer, c.model.text.length) if Task.of(c, labels).texts else []
-            for line in [*source.remarks, *(["captions as the model reads them:"] if lines else []), *lines]:
-                print(line)
         except DataError as error:
             problem = f"config.data.train: {error}"
     if problem := distributed.gather(problem)[0]:
         raise ConfigError(problem)
+    return [*source.remarks, *(["captions as the model reads them:"] if lines else []), *lines]
 
 
 def _labels(c: config.Config, source: sources.Source, workdir: epath.Path, place: Mapping[str, Any]) -> tuple[str, ...]:

@@ -279,7 +279,7 @@ def test_features_of_two_models_are_not_mixed(
 
 def test_a_file_of_something_else_is_not_written_into(tmp_path: pathlib.Path) -> None:
     (tmp_path / "o.jsonl").write_text('{"id": 1}\n')
-    with pytest.raises(DataError, match="is not what was written here"):
+    with pytest.raises(DataError, match="not what was written here"):
         pictures.open_rows(str(tmp_path / "o.jsonl")).done()
 
 

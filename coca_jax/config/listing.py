@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import itertools
@@ -101,6 +102,7 @@ def _as_typed(value: object) -> str:
     return value if isinstance(value, str) and value else repr(value)
 
 
+@functools.cache
 def _comments() -> dict[str, dict[str, str]]:
     """For each class of keys.py the comment of each field: the lines above it, or the end of its line."""
     source = inspect.getsource(keys)

@@ -32,7 +32,7 @@ PROCESSES = {
 }
 # Libraries that are loaded: the process's own C library, a function of it with numbers that the program holds; and the
 # libtiff that lies in Pillow's wheel, which is told to write nothing to the terminal.
-LIBRARIES = {"coca_jax/compiler.py": "ctypes", "coca_jax/data/images/plugins.py": "ctypes"}
+LIBRARIES = dict.fromkeys(("coca_jax/compiler.py", "coca_jax/data/images/plugins.py", "coca_jax/peers.py"), "ctypes")
 
 
 def calls(source: str, file: str = "") -> Iterator[str]:
