@@ -137,6 +137,7 @@ def test_a_device_computes_the_same_however_many_there_are(run_python) -> None:
         assert more["sent_mb"] < 1.5 * more["theory_mb"] + 10
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_are_most_of_its_products() -> None:
     """What is left out (pooler, patches, projections, similarities) is 2% of a step of coca_ViT-B-32."""
     c = config.from_config_dict(train_step.configuration(options())[0])

@@ -344,6 +344,7 @@ def assert_same_metrics(workdir: pathlib.Path, wanted: pathlib.Path, tolerance: 
             np.testing.assert_allclose(value, other[name], rtol=tolerance, atol=tolerance, err_msg=f"{line} {name}")
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives_and_stop_together(
     tmp_path: pathlib.Path, recipe: list[str], launch: Callable[..., list[subprocess.Popen[str]]]
 ) -> None:

@@ -65,6 +65,7 @@ def test_a_step_that_is_no_number_of_one_is_refused(tmp_path: pathlib.Path, step
         coca_jax.load(tmp_path, step=step)
 
 
+@pytest.mark.slow
 def test_there_are_as_many_captions_as_the_vocabulary_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.train([pairs.caption(*e) for e in pairs.examples()] * 20, vocab_size=300)
     drawn = tiny.replace(tiny.MODEL, text__vocab_size=tokenizer.vocab_size)

@@ -73,5 +73,6 @@ def shared() -> None:
     print("the same")
 
 
+@pytest.mark.slow
 def test_ranks_and_likelihoods_are_the_same_on_eight_devices(run_python: RunPython) -> None:
     assert run_python(shared).stdout == "the same\n"

@@ -59,6 +59,7 @@ def test_frozen_parameters_keep_their_bits() -> None:
         assert not np.array_equal(moved["kernel"], head["kernel"])
 
 
+@pytest.mark.slow
 def test_the_others_have_the_gradients_that_they_would_have() -> None:
     params, batch = tiny.parameters(ALL.model), tiny.batch(ALL.model, LENGTHS)
     trained = jax.jit(lambda p, b: gradients_of(LOCKED, p, b)[0])(params, batch)

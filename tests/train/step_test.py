@@ -135,6 +135,7 @@ def test_logit_scale_stays_within_its_bounds() -> None:
     assert all(1.0 <= m["logit_scale"] <= 100.01 for m in metrics)
 
 
+@pytest.mark.slow
 def test_moving_average_follows_the_parameters() -> None:
     c = tiny.replace(CONTRASTIVE, optimizer__ema_decay=0.5, optimizer__peak_lr=1e-2)
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
