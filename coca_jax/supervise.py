@@ -111,6 +111,8 @@ class Job:
             return self._run([pathlib.Path(folder) / str(index) for index in range(self._count)])
 
     def _run(self, files: Sequence[pathlib.Path]) -> int:
+        for file in files:
+            file.touch(0o600)
         several: list[list[str]] = [[]]
         if self._count > 1:
             shared = [f"--coordinator=localhost:{free_port()}", f"--num_processes={self._count}"]
@@ -227,7 +229,7 @@ class Beating:
             return
         with self._lock, contextlib.suppress(OSError):  # the supervisor may be gone, and its folder
             self._count += 1
-            handle = os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o600)
+            handle = os.open(self._path, os.O_WRONLY)
             try:
                 os.pwrite(handle, b"%12d %12d" % (self._count, self._step), 0)  # always as long: never half of it
             finally:
@@ -243,6 +245,10 @@ def end_with_supervisor(grace: float) -> None:
 
     def end() -> None:
         say("the supervisor is gone: this run saves and ends, so that another can take its place")
+        if file := os.environ.get(BEAT_FILE):  # nobody else removes it and its folder; a last beat makes neither anew
+            with contextlib.suppress(OSError):
+                os.unlink(file)
+                os.rmdir(os.path.dirname(file))  # by the last of the processes
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(grace)
         os._exit(128 + signal.SIGTERM)

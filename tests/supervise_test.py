@@ -58,7 +58,7 @@ def supervise(folder: pathlib.Path, how: str, processes: int = 1, *options: str)
     return subprocess.Popen(
         [*command, "--", f"--folder={folder}", f"--how={how}"],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder)},
+        env=os.environ | {"PYTHONPATH": str(folder), "TMPDIR": str(folder)},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -132,3 +132,4 @@ def test_the_processes_of_a_supervisor_that_was_killed_save_and_end(tmp_path: pa
     said = process.communicate(timeout=30)[1]  # ends when its process, which has the same standard error, has ended
     assert "the supervisor is gone: this run saves and ends" in said, said
     assert (tmp_path / "saved").exists()
+    assert not list(tmp_path.glob("coca_jax_beat_*"))

@@ -117,6 +117,8 @@ def test_a_used_workdir_keeps_its_configuration(tmp_path: pathlib.Path) -> None:
     checkpoint.keep_config(workdir, C)
     assert checkpoint.read_config(workdir) == C
     checkpoint.keep_config(workdir, tiny.replace(C, log_every=7, mesh__fsdp=1))  # how, not what
+    # Files by their content, which contents.py compares, not by their place.
+    checkpoint.keep_config(workdir, tiny.replace(C, data__tokenizer="/moved.model", data__classes="/moved.txt"))
     with pytest.raises(ConfigError, match=r"config\.seed=9, but .*config\.json was begun with 1"):
         checkpoint.keep_config(workdir, tiny.replace(C, seed=9))
 

@@ -114,17 +114,22 @@ def test_accepted_changes_are_trained_on_and_become_what_later_starts_compare(
     begun: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     reverse_records(begun)
-    other_tokenizer(begun / "data/shapes.model")
+    other_tokenizer(begun / "data/other.model")
     replace(begun / "data/held_out/captions.csv", "blue dot", "rude dot")  # reported, never refused
     own = (begun / "run/tokenizer.model").read_bytes()
     # One bit of a side file, and a line that a kill cut off: neither costs the others (and only the former is a fault).
     metrics = begun / "run/metrics.jsonl"
     lines = metrics.read_bytes().splitlines(keepends=True)
     metrics.write_bytes(b"".join([lines[0], b"\xff" + lines[1][1:], *lines[2:]]) + b'{"step": 4, "lo')
-    assert run.run(recipe(begun, accept=True), str(begun / "run")) == 0
+    other = recipe(begun)
+    other.data.tokenizer = f"{begun}/data/other.model"
+    advice = str(run.run(other, str(begun / "run")))  # which must work
+    assert "is another vocabulary" in advice and advice.endswith("--config.data.accept_changes=True"), advice
+    other.data.accept_changes = True
+    assert run.run(other, str(begun / "run")) == 0
     assert (begun / "run/tokenizer.model").read_bytes() == own
     said = caplog.text
-    for words in ("shapes.model", "shapes.array_record (digest", "held_out is not what this run has measured on"):
+    for words in ("other.model", "shapes.array_record (digest", "held_out is not what this run has measured on"):
         assert words in said
     assert [line["step"] for line in read_lines(epath.Path(metrics)) if "loss" in line] == [1, 3, 4]
     assert (begun / "run/metrics.jsonl.unreadable-1").read_bytes().startswith(lines[0] + b"\xff")

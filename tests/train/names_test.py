@@ -72,3 +72,33 @@ def test_a_name_that_the_libraries_change_is_refused_and_nothing_is_called_damag
     assert program._folder(str(workdir), verify=True) == 1
     printed = capsys.readouterr().out
     assert "the workdir" in printed and "DAMAGED" not in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("x" * 256, "cannot be read .*File name too long"),
+        ("y/" * 2500, "cannot be read .*File name too long"),
+        ("circle", "cannot be read .*symbolic links"),
+        ("circle/run", "cannot be read .*symbolic links"),
+        ("nowhere", "leads through a link, .*/nowhere, to /not/there, which is not there"),
+        ("nowhere/run", "leads through a link, .*/nowhere, to /not/there, which is not there"),
+    ],
+)
+def test_a_workdir_that_cannot_be_looked_into_is_refused_in_a_line(
+    name: str,
+    said: str,
+    tmp_path: pathlib.Path,
+    recipe: Any,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "nowhere").symlink_to("/not/there")
+    answer = str(run.run(recipe, str(tmp_path / name)))
+    assert re.search(rf"^error: the workdir .* {said}.*use another --workdir$", answer), answer
+    assert program._folder(str(tmp_path / name), verify=True) == 1
+    assert re.search(said, capsys.readouterr().out)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")  # one that leads somewhere is a folder like any other
+    with Checkpoints(tmp_path / "link/run") as checkpoints:
+        assert checkpoints.latest() is None

@@ -38,15 +38,33 @@ def workdir_at(path: epath.PathLike) -> epath.Path:
 
     Raises:
       CheckpointError: as `reachable`; or the libraries for checkpoints would take it for another path, write there, and
-        find nothing where it is.
+        find nothing where it is; or the system cannot look into it (no permission, a circle of links, a name that is
+        too long), or it leads through a link to what is not there.
     """
     found = reachable(path)
-    if not is_bucket(found) and (odd := _mistaken(os.fspath(found))):
+    if is_bucket(found):
+        return found
+    name = printing.escaped(os.fspath(found))
+    if odd := _mistaken(os.fspath(found)):
         raise CheckpointError(
-            f"the workdir {printing.escaped(os.fspath(found))} has {odd}, which TensorStore and Orbax take "
+            f"the workdir {name} has {odd}, which TensorStore and Orbax take "
             "for another path: rename it, or use another --workdir"
         )
-    return found
+    try:
+        with os.scandir(found / FOLDER):
+            return found
+    except (FileNotFoundError, NotADirectoryError):  # a new one, or no folder: who makes it says that
+        if link := next((one for one in (found, *found.parents) if os.path.lexists(one) and not one.exists()), None):
+            where = printing.escaped(os.readlink(link))
+            raise CheckpointError(
+                f"the workdir {name} leads through a link, {printing.escaped(os.fspath(link))}, to {where}, which is "
+                "not there (not mounted?): make it, or use another --workdir"
+            ) from None
+        return found
+    except OSError as error:
+        raise CheckpointError(
+            f"the workdir {name} cannot be read ({one_line(error)}): mend that, or use another --workdir"
+        ) from error
 
 
 def _mistaken(path: str) -> str:

@@ -26,9 +26,11 @@ _MAY_CHANGE = (
     "checkpoint",
     "guard",
     "data.accept_changes",
+    "data.classes",  # and the tokenizer: by their content, see contents.py
     "data.max_bad",
     "data.prefetch",
     "data.threads",
+    "data.tokenizer",
     "data.workers",
     "data.worker_timeout",
     "model.image.remat",
