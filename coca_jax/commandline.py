@@ -115,13 +115,17 @@ def _write(write: Callable[[io.TextIOWrapper, str], int], stream: io.TextIOWrapp
 def quiet() -> None:
     """The libraries' notes to themselves are not for the person at the terminal; their errors are.
 
-    But for Orbax's: what it prints pages of is said by who has called it (train/checkpoint), in a line.
+    But for Orbax's: what it prints pages of is said by who has called it (train/checkpoint), in a line. So is what
+    asyncio prints of Orbax's tasks, one traceback for each array that a full disk did not take.
     """
+
+    def by_orbax(record: std_logging.LogRecord) -> bool:
+        return _ORBAX in record.pathname or (record.name == "asyncio" and _ORBAX in record.getMessage())
+
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(
         lambda record: (
-            record.pathname.startswith(_PACKAGE)
-            or (record.levelno >= std_logging.ERROR and _ORBAX not in record.pathname)
+            record.pathname.startswith(_PACKAGE) or (record.levelno >= std_logging.ERROR and not by_orbax(record))
         )
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import importlib.util
 import logging
 import os
@@ -35,6 +37,29 @@ def test_of_libraries_only_errors_are_said(monkeypatch: pytest.MonkeyPatch, file
     commandline.quiet()
     record = logging.LogRecord("name", level, file, 1, "a note", None, None)
     assert bool(handler.filter(record)) is said
+
+
+@pytest.mark.parametrize(("folder", "said"), [("orbax/checkpoint/_src", False), ("mine", True)])
+def test_tasks_of_orbax_that_fail_are_not_printed_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, folder: str, said: bool
+) -> None:
+    handler = absl_logging.get_absl_handler()
+    monkeypatch.setattr(handler, "filters", [])
+    commandline.quiet()
+
+    async def fail() -> None:
+        raise ValueError("No space left on device")
+
+    async def forget() -> None:
+        task = asyncio.ensure_future(fail())
+        await asyncio.sleep(0)
+        del task
+
+    fail.__code__ = fail.__code__.replace(co_filename=f"/lib/{folder}/serialization.py")
+    asyncio.run(forget())
+    gc.collect()
+    (record,) = caplog.records
+    assert "never retrieved" in record.getMessage() and bool(handler.filter(record)) is said
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
