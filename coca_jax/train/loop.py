@@ -82,8 +82,8 @@ def train(
         Checkpoints(workdir, c.checkpoint, c.evaluate.best) as checkpoints,
         contextlib.ExitStack() as opened,
     ):
-        rehearse(workdir, mesh)
         abstract = states.abstract(c, optimizer, mesh)
+        rehearse(workdir, mesh, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)))
         restored = checkpoints.restore(abstract, same)
         state, place = restored or (states.real(c, optimizer, mesh), {"position": 0})
         if begin_with and not restored:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import resource
 import runpy
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -200,6 +201,14 @@ def test_a_run_whose_first_save_cannot_succeed_says_so_before_it_trains(
     rehearse(workdir, MESH)
     assert os.listdir(workdir / "checkpoints") == ["1"]  # nothing is left
     assert whole_steps(workdir) == [1]
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_training(small_disk: pathlib.Path) -> None:
+    free = shutil.disk_usage(small_disk).free
+    rehearse(small_disk / "run", MESH, free // 2)
+    with pytest.raises(CheckpointError, match=r"a checkpoint has .* MB are free.*: make room, or use another"):
+        rehearse(small_disk / "run", MESH, 2 * free)
+    assert os.listdir(small_disk / "run" / "checkpoints") == []
 
 
 def test_what_failed_saves_leave_late_is_removed_after_the_next_good_one(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -34,16 +36,25 @@ class _Trial(Checkpoints):
         """It is said once, by who has called."""
 
 
-def rehearse(workdir: epath.PathLike, mesh: Mesh) -> None:
+_COMPRESSED = 0.8  # a checkpoint's bytes on a disk, as a share of its arrays' bytes, at the least
+
+
+def rehearse(workdir: epath.PathLike, mesh: Mesh, size: int = 0) -> None:
     """Makes a small checkpoint in the way of all others, reads it back and removes it; compiles nothing.
 
     To be called by all processes, before anything is trained.
+
+    Args:
+      workdir: Folder or bucket of the run.
+      mesh: Device mesh of the run.
+      size: Bytes of the arrays in a checkpoint of the run, for which a disk must have room.
 
     Raises:
       CheckpointError: it could not be made, and so no other will be: says where, why, and what to do.
     """
     folder = absolute(workdir) / FOLDER / f"trial{UNFINISHED}"  # which the next start removes, after a kill
     problem = _by_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    problem = problem or _by_first(lambda: _check_room(folder, size))
     if not problem:
         with _Trial(folder, config.Checkpoint()) as trial:
             problem = trial.save_zeros(mesh)
@@ -53,6 +64,13 @@ def rehearse(workdir: epath.PathLike, mesh: Mesh) -> None:
             f"--workdir={os.fspath(workdir)} cannot hold checkpoints: a small one could not be saved and read back "
             f"({problem}): {remedy(problem)}, or use another --workdir"
         )
+
+
+def _check_room(folder: epath.Path, size: int) -> None:
+    """Raises OSError where a disk has no room for a checkpoint. A bucket has."""
+    if "://" not in os.fspath(folder) and (free := shutil.disk_usage(folder).free) < _COMPRESSED * size:
+        what = f"{os.strerror(errno.ENOSPC)}: a checkpoint has {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"
+        raise OSError(errno.ENOSPC, what)
 
 
 def _by_first(change: Callable[[], object]) -> str:
