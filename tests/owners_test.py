@@ -105,7 +105,7 @@ def test_a_user_without_a_name_and_a_home_works(tmp_path: pathlib.Path, fresh: A
         text=True,
         timeout=120,
     )
-    if "ermission denied" in done.stderr and sys.executable in done.stderr:
+    if done.returncode in (126, 127):  # the interpreter, or its library, lies in a folder that is its owner's alone
         pytest.skip(f"NOT RUN: another user cannot start {sys.executable}")
     assert done.returncode == 0, done.stderr
     kept, verified = done.stdout.splitlines()
