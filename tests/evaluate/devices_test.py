@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import pytest
 
 from coca_jax.apply import Apply
 from coca_jax.evaluate import retrieval

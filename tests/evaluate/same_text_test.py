@@ -36,7 +36,7 @@ class Rewritten:
         return record._replace(captions=tuple(map(self._change, record.captions)))
 
     def contents(self) -> dict[str, str]:
-        return self._source.contents() | {"change": repr(self._change("x"))}
+        return {**self._source.contents(), "change": repr(self._change("x"))}
 
     def fingerprint(self) -> str:
         return f"{self._source.fingerprint()} {self._change('x')!r}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from flax import traverse_util
 
 from coca_jax import config, sharding
